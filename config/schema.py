@@ -1,0 +1,301 @@
+"""What a run is: the tree of dataclasses that every recipe fills in.
+
+Each field's default is written here and nowhere else. The docstring under a field gives its meaning, unit and range,
+and what None means; the same text is what `python train.py --help` prints. Ranges stand in the field's metadata under
+pydantic's names (gt, ge, lt, le, min_length), where `config.loader` enforces them; pairs of fields that exclude each
+other are in `config.constraints`. Only the standard library is imported.
+
+    config = RunConfig(model=ModelConfig(path="meta-llama/Llama-3.2-1B"), adapter=AdapterConfig(kind="lora"))
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _limited(default: Any, **limits: Any) -> Any:
+    """A field with a default and pydantic's names of its limits."""
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained, and its tokenizer."""
+
+    path: str | None = None
+    """Checkpoint to start from: a local folder or a Hub id. None: start from random weights, as `architecture` says."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub checkpoint. None: its default branch."""
+
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Settings of a transformers config to build from random weights, with its `model_type`; `vocab_size` left out
+    means the tokenizer's size. Empty: the checkpoint at `path` decides."""
+
+    tokenizer: str | None = None
+    """Tokenizer: a folder, a Hub id, or a `tokenizer.json` file. None: the one beside the checkpoint."""
+
+    chat_template: str | None = None
+    """File with a Jinja chat template to use instead of the tokenizer's. None: the tokenizer's own."""
+
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    """Names of special tokens to set on the tokenizer, such as `eos_token: <|im_end|>`. Empty: those it comes with."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Number format the weights are held in. `auto`: float32 where all weights train, else the checkpoint's own."""
+
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Attention implementation, by its transformers name. `auto`: the fastest that is installed and keeps documents
+    apart."""
+
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """bitsandbytes format of the frozen weights: 4-bit (`nf4`, `fp4`) or 8-bit (`int8`). Needs an adapter."""
+
+    trust_remote_code: bool = False
+    """Whether code that ships with a Hub checkpoint may run on this machine."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What trains: every weight, or a low-rank adapter beside frozen weights."""
+
+    kind: Literal["none", "lora"] = "none"
+    """`none` trains every weight; `lora` trains low-rank matrices beside the frozen ones (arXiv:2106.09685)."""
+
+    rank: int = _limited(16, ge=1)
+    """Rank of the LoRA matrices, at least 1."""
+
+    alpha: float = _limited(32.0, gt=0)
+    """LoRA scale: the update is multiplied by alpha / rank. Above 0."""
+
+    dropout: float = _limited(0.0, ge=0, lt=1)
+    """Share of a LoRA matrix's inputs that is dropped while training, from 0 to below 1."""
+
+    target_modules: tuple[str, ...] = _limited(("all-linear",), min_length=1)
+    """Modules that get LoRA matrices: name endings such as `q_proj`, or `all-linear` for every linear layer but the
+    head. Each one must match at least one module."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full beside the adapter and saved with it, such as `embed_tokens`. Empty: none."""
+
+    rslora: bool = False
+    """Whether the scale is alpha / sqrt(rank), which keeps large ranks stable (arXiv:2312.03732)."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of rows."""
+
+    path: str = ""
+    """A json, jsonl, csv, parquet or txt file, or a Hub data set's id."""
+
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    """What a row holds. `auto`: told from the column names; a doubtful case is an error that lists them."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """New names of columns, as expected name: name in the file, such as `prompt: question`. Empty: the file's own."""
+
+    subset: str | None = None
+    """Configuration of a Hub data set. None: its default one."""
+
+    split: str = "train"
+    """Split of a Hub data set, such as `train` or `test[:10%]`. Of no meaning for a file."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set. None: its default branch."""
+
+    max_rows: int | None = _limited(None, ge=1)
+    """Most rows taken, from the start, at least 1. None: all."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model learns from, and what is measured on."""
+
+    train: tuple[SourceConfig, ...] = ()
+    """Sources of the training rows, one after the other. At least one is needed to train."""
+
+    eval: tuple[SourceConfig, ...] = ()
+    """Sources of the evaluation rows. Empty: `eval_fraction` of the training rows, or no evaluation."""
+
+    eval_fraction: float = _limited(0.0, ge=0, le=0.5)
+    """Share of the training rows set aside for evaluation, from 0 to 0.5; chosen by each row's content, so that equal
+    rows always fall on the same side."""
+
+    max_length: int = _limited(2048, ge=8)
+    """Most tokens in a row and in a pack of rows, at least 8 and at most the model's context."""
+
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a conversation of more than `max_length` tokens: left out, cut at the end, or an error. Their
+    number is always told. Plain text is split into pieces instead."""
+
+    packing: bool = True
+    """Whether rows share packs of `max_length` tokens. Attention never crosses from one row to another, so the loss is
+    the same; only padding is saved."""
+
+    supervise: Literal["assistant", "all"] = "assistant"
+    """Tokens that the loss counts: the assistant's turns with the token that ends each, or all but a row's first."""
+
+    workers: int | None = _limited(None, ge=1)
+    """Processes that tokenize, at least 1. None: one, which already uses every core through the tokenizer's threads."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights are updated."""
+
+    name: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
+        "adamw_torch_fused"
+    )
+    """Optimizer, by its transformers name. The 8-bit ones need a GPU."""
+
+    learning_rate: float = _limited(2e-5, gt=0)
+    """Peak learning rate, above 0."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after warmup: held, or lowered to 0 along a line or a half cosine."""
+
+    warmup_fraction: float | None = _limited(None, ge=0, lt=1)
+    """Share of all steps over which the learning rate rises from 0, from 0 to below 1. None: see `warmup_steps`."""
+
+    warmup_steps: int | None = _limited(None, ge=0)
+    """Steps over which the learning rate rises from 0. None: see `warmup_fraction`; both None: no warmup."""
+
+    weight_decay: float = _limited(0.0, ge=0)
+    """Decoupled weight decay of matrices; norms and biases have none. 0 or above."""
+
+    beta1: float = _limited(0.9, ge=0, lt=1)
+    """Adam's decay of the mean gradient, from 0 to below 1."""
+
+    beta2: float = _limited(0.999, ge=0, lt=1)
+    """Adam's decay of the mean squared gradient, from 0 to below 1."""
+
+    eps: float = _limited(1e-8, gt=0)
+    """Adam's term that keeps the denominator above 0."""
+
+    max_grad_norm: float | None = _limited(1.0, gt=0)
+    """Norm that the whole gradient is clipped to, above 0. None: no clipping."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how large, how precise."""
+
+    epochs: float = _limited(1.0, gt=0)
+    """Passes over the training rows, above 0. `max_steps` overrides it."""
+
+    max_steps: int | None = _limited(None, ge=1)
+    """Optimizer steps, at least 1. None: as many as `epochs` needs."""
+
+    micro_batch_rows: int = _limited(1, ge=1)
+    """Rows (packs, with packing) that one device takes at once, at least 1."""
+
+    accumulation_steps: int = _limited(1, ge=1)
+    """Micro-batches a device adds up before an optimizer step, at least 1. The loss is divided by the supervised tokens
+    of all of them, so this never changes the gradient of a given global batch."""
+
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """Number format of the matrix products while float32 weights train (autocast). `auto`: bf16 on a GPU that has it,
+    float32 elsewhere."""
+
+    gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass, which saves memory for about a third more time."""
+
+    seed: int = _limited(42, ge=0)
+    """Seed of new weights, dropout and the order of rows, 0 or above."""
+
+    log_every_steps: int = _limited(10, ge=1)
+    """Steps between two lines of progress and metrics, at least 1."""
+
+    save_every_steps: int | None = _limited(None, ge=1)
+    """Steps between two checkpoints, at least 1. None: one checkpoint, at the end."""
+
+    keep_checkpoints: int = _limited(2, ge=1)
+    """Newest checkpoints kept on disk, at least 1."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured beside the training loss."""
+
+    every_steps: int | None = _limited(None, ge=1)
+    """Steps between two evaluations, at least 1. None: only before and after training."""
+
+    micro_batch_rows: int = _limited(8, ge=1)
+    """Rows (packs, with packing) that one device evaluates at once, at least 1."""
+
+    exact_match: bool = False
+    """Whether greedy answers to the evaluation rows are compared with the references, before and after training."""
+
+    max_new_tokens: int = _limited(64, ge=1)
+    """Most tokens in a generated answer, at least 1."""
+
+    samples: int = _limited(3, ge=0)
+    """Answers printed at each evaluation, to the first questions of the evaluation rows, 0 or above."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go beside the run directory's metrics.jsonl."""
+
+    report_to: tuple[Literal["trackio", "tensorboard", "wandb"], ...] = ()
+    """Trackers, which must be installed: `pip install -r requirements/tracking.txt`. Empty: none."""
+
+    project: str = _limited("smolfactory", min_length=1)
+    """Project that a tracker files the run under."""
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """The Hub repository that gets the result."""
+
+    repo_id: str | None = None
+    """Repository to push to after training, as `owner/name`. None: nothing is pushed."""
+
+    private: bool = True
+    """Whether a repository that has to be created is private."""
+
+    license: str | None = None
+    """License of the result in its model card, by the Hub's name for it, such as `apache-2.0`. None: not stated."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the run is written."""
+
+    folder: str = _limited("outputs", min_length=1)
+    """Folder that holds the run directories."""
+
+    name: str = _limited("run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run, and of its directory: letters, digits, `.`, `_` and `-`."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model that is trained, and its tokenizer."""
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What trains: every weight, or a low-rank adapter."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """What the model learns from, and what is measured on."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How weights are updated."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How long, how large, how precise."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured beside the training loss."""
+
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where metrics go beside the run directory."""
+
+    hub: HubConfig = field(default_factory=HubConfig)
+    """The Hub repository that gets the result."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """Where the run is written."""
