@@ -1,0 +1,31 @@
+"""The program's log: one line a message on standard error, from the main process alone.
+
+log = get_logger(__name__)
+log.info("131 rows in 12 packs")
+"""
+
+import logging
+import os
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module, below the project's own root `smolfactory`."""
+    return logging.getLogger(f"smolfactory.{name}")
+
+
+def set_up_logging() -> None:
+    """Send the project's messages to standard error: INFO from the main process, ERROR from the others."""
+    root = logging.getLogger("smolfactory")
+    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    root.propagate = False
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        handler.addFilter(_shorten)
+        root.addHandler(handler)
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """Leave the level's name out of an ordinary message."""
+    record.levelname = "" if record.levelno == logging.INFO else f"{record.levelname}:"
+    return True
