@@ -40,7 +40,7 @@ def sync_tree(folder: Path) -> None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder beside `target` that takes its place, complete and synced, when the block ends well.
 
-    If the block raises, `target` stays as it was and the temporary folder is removed. A `target` that exists is replaced:
+    If the block raises, `target` stays as it was and the temporary folder goes. A `target` that exists is replaced:
     it is set aside until the new one stands.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
