@@ -1,0 +1,80 @@
+"""Packs hold every row once, keep to their capacity, and batches carry the borders of rows."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from src.packing import FILLER, IGNORED, GlobalBatchSampler, PackCollator, PackedRows, best_fit_bins
+
+
+def rows_of(*lengths):
+    return Dataset.from_dict(
+        {
+            "input_ids": [[10 * row + token for token in range(length)] for row, length in enumerate(lengths)],
+            "labels": [
+                [IGNORED] + [10 * row + token for token in range(1, length)] for row, length in enumerate(lengths)
+            ],
+        }
+    )
+
+
+def test_best_fit_matches_a_hand_worked_case():
+    # 7 takes a pack; 5 opens another; 4 does not fit beside 7 (3 left), fits beside 5 (5 left); 3 fills the first.
+    assert best_fit_bins([5, 3, 7, 4, 1], capacity=10) == [[2, 1], [0, 3, 4]]
+
+
+def test_best_fit_keeps_every_row_once_and_the_capacity():
+    lengths = np.random.default_rng(0).integers(1, 129, size=3000).tolist()
+    packs = best_fit_bins(lengths, capacity=512)
+    assert sorted(index for pack in packs for index in pack) == list(range(3000))
+    assert max(sum(lengths[index] for index in pack) for pack in packs) <= 512
+    assert len(packs) <= 1.01 * sum(lengths) / 512 + 1
+
+
+@pytest.mark.parametrize("length", [0, 11])
+def test_best_fit_refuses_a_row_that_no_pack_takes(length):
+    with pytest.raises(ValueError, match=f"row 1 has {length} tokens; a pack takes 1 to 10"):
+        best_fit_bins([3, length], capacity=10)
+
+
+def test_a_pack_restarts_positions_and_never_supervises_a_first_token():
+    pack = PackedRows(rows_of(3, 4), max_length=8, packing=True)[0]
+    assert pack["input_ids"].tolist() == [10, 11, 12, 13, 0, 1, 2]
+    assert pack["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert pack["labels"].tolist() == [IGNORED, 11, 12, 13, IGNORED, 1, 2]
+
+
+def test_without_packing_each_row_is_its_own_pack_in_the_rows_order():
+    packed = PackedRows(rows_of(3, 4, 2), max_length=8, packing=False)
+    assert [len(packed[index]["input_ids"]) for index in range(len(packed))] == [3, 4, 2]
+    assert packed.describe(8) == {"rows": 3, "packs": 3, "tokens": 9, "fill": 0.375}
+
+
+def test_padding_opens_no_new_document_and_is_never_supervised():
+    packed = PackedRows(rows_of(3, 4, 2), max_length=7, packing=True)
+    batch = PackCollator(pad_token_id=99)([packed[0], packed[1]])
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 0, 1, 2], [20, 21, 99, 99, 99, 99, 99]]
+    assert batch["position_ids"][1].tolist() == list(range(7))
+    assert (batch["labels"][1, 2:] == IGNORED).all()
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_global_batches_do_not_depend_on_how_they_are_split():
+    whole = list(GlobalBatchSampler(21, global_batch=8, seed=3))
+    assert len(whole) == len(GlobalBatchSampler(21, global_batch=8, seed=3)) == 24
+    assert sorted(index for index in whole if index != FILLER) == list(range(21))
+    assert whole[21:] == [FILLER] * 3
+    finer = list(GlobalBatchSampler(21, global_batch=4, seed=3))
+    assert [index for index in finer if index != FILLER] == whole[:21]
+
+
+def test_each_epoch_has_an_order_of_its_own_that_the_seed_fixes():
+    sampler = GlobalBatchSampler(50, global_batch=5, seed=7)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+    assert second != first
+    assert list(GlobalBatchSampler(50, global_batch=5, seed=8)) != first
