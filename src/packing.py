@@ -1,7 +1,7 @@
 """Rows grouped into packs, and packs made into batches.
 
-A row is one document of tokens. A pack is rows set end to end, with positions that start again at 0 for each, from which
-attention takes the borders: no row sees another. Without packing every pack holds one row.
+A row is one document of tokens. A pack is rows set end to end, with positions that start again at 0 for each, from
+which attention takes the borders: no row sees another. Without packing every pack holds one row.
 
     packed = PackedRows(rows, max_length=1024, packing=True)
     batch = PackCollator(pad_token_id=0)([packed[0], packed[1]])
@@ -23,7 +23,7 @@ IGNORED = -100
 """The label of a token that the loss does not count, as in transformers and torch."""
 
 FILLER = -1
-"""The index of a pack that holds one unsupervised token: it fills the last global batch and adds nothing to the loss."""
+"""The index of a pack of one unsupervised token, which fills the last global batch and adds nothing to the loss."""
 
 
 def best_fit_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -147,7 +147,7 @@ class GlobalBatchSampler(Sampler[int]):
     """The order of packs in each epoch: shuffled by seed and epoch alone, filled up to whole global batches.
 
     Which packs a global step sees does not depend on how it is split over processes and accumulation steps. The last
-    global batch of an epoch is filled with `FILLER`, which adds nothing to the loss, so no pack is dropped or seen twice.
+    global batch of an epoch is filled with `FILLER`, so that no pack is dropped or seen twice.
     """
 
     def __init__(self, size: int, *, global_batch: int, seed: int) -> None:
