@@ -206,8 +206,9 @@ class TrainingConfig:
     log_every_steps: int = _limited(10, ge=1)
     """Steps between two lines of progress and metrics, at least 1."""
 
-    save_every_steps: int | None = _limited(None, ge=1)
-    """Steps between two checkpoints, at least 1. None: one checkpoint, at the end."""
+    save_every_steps: int | None = _limited(500, ge=1)
+    """Steps between two checkpoints, at least 1; one more is written at the end. None: no checkpoints, only the
+    result."""
 
     keep_checkpoints: int = _limited(2, ge=1)
     """Newest checkpoints kept on disk, at least 1."""

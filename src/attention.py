@@ -17,7 +17,7 @@ def check_documents_apart(model: torch.nn.Module, *, lengths: tuple[int, int] = 
     """Compare the logits of two packed documents with those of each document alone.
 
     Args:
-        model: a causal language model on the device that trains it; its mode and the random state are left as they were.
+        model: a causal language model on the device that trains it; its mode and the random state stay as they are.
         lengths: tokens in the two documents.
     Raises:
         UserError: the logits differ by more than rounding in the model's number format explains.

@@ -123,12 +123,17 @@ class PackCollator:
     """
 
     pad_token_id: int
+    flat: bool = False
+    """Whether packs stand end to end in one row without padding, the only form in which flash-attention keeps to the
+    borders that positions give."""
 
     def __call__(self, packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `input_ids`, `labels`, `position_ids`: int64 tensors of shape (B, L).
+            `input_ids`, `labels`, `position_ids`: int64 tensors of shape (B, L), or (1, tokens) if `flat`.
         """
+        if self.flat:
+            return {name: torch.from_numpy(np.concatenate([pack[name] for pack in packs]))[None] for name in packs[0]}
         longest = max(len(pack["input_ids"]) for pack in packs)
         shape = (len(packs), longest)
         input_ids = torch.full(shape, self.pad_token_id)

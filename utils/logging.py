@@ -5,7 +5,8 @@ log.info("131 rows in 12 packs")
 """
 
 import logging
-import os
+
+from utils.launch import is_main_process
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -16,7 +17,7 @@ def get_logger(name: str) -> logging.Logger:
 def set_up_logging() -> None:
     """Send the project's messages to standard error: INFO from the main process, ERROR from the others."""
     root = logging.getLogger("smolfactory")
-    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    root.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     root.propagate = False
     if not root.handlers:
         handler = logging.StreamHandler()

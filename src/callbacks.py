@@ -1,0 +1,161 @@
+"""What watches a run: the progress line, metrics.jsonl, and answers that the model gives.
+
+callbacks = [Progress(), MetricsFile(run / "metrics.jsonl")]
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from config.schema import EvaluationConfig
+from src.evaluation import answer_conversations, can_answer
+from src.formats import Conversation
+from utils.files import write_text
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def clock(seconds: float) -> str:
+    """A span of time as people write it, such as `45s`, `3m05s` or `2h07m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Progress(TrainerCallback):
+    """One line a logged step: loss, learning rate, gradient norm, tokens a second, and the time that is left."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start, self._first_step = time.perf_counter(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            log.info("step %d/%d  eval loss %.4f", state.global_step, state.max_steps, logs["eval_loss"])
+        if "loss" not in logs:
+            return
+        done = state.global_step - self._first_step
+        left = (time.perf_counter() - self._start) / max(1, done) * (state.max_steps - state.global_step)
+        log.info(
+            "step %d/%d  loss %.4f  lr %.2e  grad norm %.3f  %s tokens/s (%s supervised)  %s left",
+            state.global_step,
+            state.max_steps,
+            logs["loss"],
+            logs["learning_rate"],
+            logs.get("grad_norm", float("nan")),
+            f"{logs['tokens_per_second']:,.0f}",
+            f"{logs['supervised_tokens_per_second']:,.0f}",
+            clock(left),
+        )
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each logged step to a file, as a line of JSON; a resumed run first cuts what it will do again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _is_until(line, state.global_step)]
+        if kept != lines:
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and state.is_world_process_zero:
+            self.add({"step": state.global_step, **logs})
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append one record, and see it to the file."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _is_until(line: str, step: int) -> bool:
+    """Whether a line of metrics is whole and of a step that stands."""
+    try:
+        return json.loads(line)["step"] <= step
+    except json.JSONDecodeError:  # the line that a killed run was writing
+        return False
+
+
+class Answers(TrainerCallback):
+    """Answers to the evaluation questions: a few in the log at each evaluation, all compared before and after training.
+
+    The few also go to a file of samples, the share of exact ones to the file of metrics.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        conversations: list[Conversation],
+        evaluation: EvaluationConfig,
+        metrics: MetricsFile,
+        samples: Path,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.conversations = conversations
+        self.evaluation = evaluation
+        self.metrics = metrics
+        self.samples = samples
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        if not can_answer():
+            log.warning("a sharded model gives no answers during training: samples and exact match are left out")
+            self.conversations = []
+        ends = state.global_step in (0, state.max_steps)
+        all_of_them = self.evaluation.exact_match and ends
+        asked = self.conversations if all_of_them else self.conversations[: self.evaluation.samples]
+        if not asked:
+            return
+        answers = answer_conversations(model, self.tokenizer, asked, max_new_tokens=self.evaluation.max_new_tokens)
+        if not state.is_world_process_zero:
+            return
+        if all_of_them:
+            exact = sum(answer.is_exact for answer in answers) / len(answers)
+            log.info(
+                "step %d/%d  exact match %.3f of %d answers", state.global_step, state.max_steps, exact, len(answers)
+            )
+            self.metrics.add({"step": state.global_step, "eval_exact_match": exact, "eval_answers": len(answers)})
+        with open(self.samples, "a", encoding="utf-8") as file:
+            for answer in answers[: self.evaluation.samples]:
+                log.info("  Q: %s\n  A: %s", answer.prompt, answer.answer)
+                file.write(json.dumps({"step": state.global_step, **asdict(answer)}, ensure_ascii=False) + "\n")

@@ -1,0 +1,66 @@
+"""Text from a model.
+
+answers = generate(model, tokenizer, ["<|im_start|>user\\nWhat is LoRA?<|im_end|>\\n..."], max_new_tokens=64)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_rows: int = 32,
+    special_tokens_in_prompts: bool = True,
+) -> list[str]:
+    """Continue each prompt until a stop token.
+
+    Prompts of like length are generated together, so that little is padded.
+
+    Args:
+        prompts: texts; none is empty of tokens.
+        max_new_tokens: most tokens in an answer.
+        temperature: 0 takes the most likely token each time; above 0, tokens are drawn.
+        top_p: share of the probability that tokens are drawn from, above 0 to 1.
+        batch_rows: prompts generated at once.
+        special_tokens_in_prompts: whether the prompts hold their special tokens already, as a chat template writes
+            them; if not, the tokenizer adds its own.
+    Returns:
+        An answer for each prompt, without special tokens.
+    """
+    encoded = tokenizer(list(prompts), add_special_tokens=not special_tokens_in_prompts)["input_ids"]
+    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+    drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
+        bos_token_id=model.generation_config.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **({"do_sample": False} | drawing),
+    )
+    answers = [""] * len(prompts)
+    training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    for start in range(0, len(order), batch_rows):
+        batch = order[start : start + batch_rows]
+        longest = max(len(encoded[index]) for index in batch)
+        ids_BL = torch.full((len(batch), longest), tokenizer.pad_token_id, device=device)
+        mask_BL = torch.zeros_like(ids_BL)
+        for row, index in enumerate(batch):  # padding on the left, so that every answer starts at the same place
+            ids_BL[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index], device=device)
+            mask_BL[row, longest - len(encoded[index]) :] = 1
+        out_BL = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings, use_cache=True)
+        texts = tokenizer.batch_decode(out_BL[:, longest:], skip_special_tokens=True)
+        for index, text in zip(batch, texts, strict=True):
+            answers[index] = text
+    model.train(training)
+    return answers

@@ -1,0 +1,121 @@
+"""The run directory: the contract between the parts of a run, and between a run and its reader.
+
+run = open_run(config.output, resume=False)
+run.record("config.json", to_dict(config))
+...
+run.export(trainer)
+"""
+
+import json
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from config.schema import OutputConfig
+from utils.checkpointing import last_checkpoint
+from utils.errors import UserError
+from utils.files import whole_folder, write_json
+from utils.launch import is_main_process
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory, and the checkpoint that it goes on from, if any."""
+
+    path: Path
+    checkpoint: Path | None
+
+    def record(self, name: str, content: Any) -> None:
+        """Write a JSON file of the record; the main process alone does."""
+        if is_main_process():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / name, content)
+
+    def warn_of_changes(self, config: dict[str, Any]) -> None:
+        """Say which settings differ from those that the run was started with, if it goes on from a checkpoint."""
+        if self.checkpoint is None or not (self.path / "config.json").is_file():
+            return
+        before = _flat(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
+        after = _flat(config)
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                log.warning("%s was %r when this run started and is %r now", name, before.get(name), after.get(name))
+
+    def export(self, trainer: Trainer) -> None:
+        """Write the model or adapter with its tokenizer to `model/`, whole or not at all; every process calls this."""
+        if not trainer.args.should_save:
+            trainer.save_model(str(self.path / "model"))  # takes part in the gathering of a sharded model
+            return
+        with whole_folder(self.path / "model") as folder:
+            trainer.save_model(str(folder))
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody who loads the model needs
+
+    def result(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int]) -> dict[str, Any]:
+        """What came of the run, for result.json: its length, its figures before and after, time and peak memory."""
+        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+        steps = trainer.state.global_step
+        losses = [line["loss"] for line in metrics if "loss" in line]
+        peak = {"resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+        if torch.cuda.is_available():
+            peak["cuda_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        return {
+            "steps": steps,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "seconds": round(seconds, 1),
+            "parameters": parameters,
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "before": _evaluations(metrics, 0),
+            "after": _evaluations(metrics, steps),
+            "peak_memory": peak,
+        }
+
+
+def _evaluations(metrics: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """The evaluation figures of a step, under their names without `eval_`."""
+    wanted = ("eval_loss", "eval_exact_match", "eval_answers")
+    return {
+        name.removeprefix("eval_"): line[name]
+        for line in metrics
+        if line["step"] == step
+        for name in wanted
+        if name in line
+    }
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts and lists as dotted names and their values."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        return {prefix: tree}
+    return {name: value for key, part in items for name, value in _flat(part, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def open_run(config: OutputConfig, *, resume: bool) -> Run:
+    """Find the directory of a run that starts, or the checkpoint of one that goes on. Nothing is written.
+
+    Raises:
+        UserError: a run that starts would overwrite another, or one that should go on has no checkpoint.
+    """
+    path = Path(config.folder) / config.name
+    if resume:
+        checkpoint = last_checkpoint(path)
+        if checkpoint is None:
+            raise UserError(
+                f"--resume found no complete checkpoint in {path}; leave --resume out to start"
+                + (f", with another --output.name or without the folder {path}" if path.exists() else "")
+            )
+        return Run(path, checkpoint)
+    if is_main_process() and path.exists() and any(path.iterdir()):
+        raise UserError(
+            f"{path} holds a run already; go on with it by --resume, or start another beside it by --output.name NAME"
+        )
+    return Run(path, None)

@@ -1,0 +1,323 @@
+"""Supervised fine-tuning on transformers' Trainer, with a loss that no split of the batch can change.
+
+The loss is the sum over supervised tokens divided by their number in the whole global step: every process, every
+accumulation step. Packs come in an order that depends on the seed alone.
+
+    args = training_arguments(run.path, config.optim, config.training, config.evaluation, config.tracking)
+    trainer = SFTTrainer(model=model, args=args, train_packs=data.train, tokenizer=tokenizer)
+    trainer.train()
+"""
+
+import importlib.util
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
+from src.attention import check_documents_apart
+from src.loss import next_token_targets, supervised_nll
+from src.packing import IGNORED, GlobalBatchSampler, PackCollator, PackedRows
+from utils.checkpointing import CheckpointWriter
+from utils.distributed import accelerator_name
+from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def uses_autocast(precision: str) -> tuple[bool, bool]:
+    """Whether `training.precision` means bf16 autocast, and whether fp16, on this machine.
+
+    Raises:
+        UserError: the machine has no such arithmetic.
+    """
+    on_gpu = accelerator_name() == "cuda"
+    if precision == "fp16" and not on_gpu:
+        raise UserError("training.precision=fp16 needs a CUDA GPU; use float32 or bf16")
+    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError("training.precision=bf16 is not supported by this GPU; use fp16 or float32")
+    bf16 = precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    return bf16, precision == "fp16"
+
+
+def training_arguments(
+    folder: Path,
+    optim: OptimConfig,
+    training: TrainingConfig,
+    evaluation: EvaluationConfig,
+    tracking: TrackingConfig,
+    *,
+    run_name: str = "run",
+    evaluates: bool = False,
+    autocasts: bool = True,
+) -> TrainingArguments:
+    """Trainer's arguments for a run; making them joins the process group of a distributed launch.
+
+    Args:
+        folder: run directory; checkpoints are written below it.
+        run_name: what trackers call the run.
+        evaluates: whether there are evaluation rows.
+        autocasts: whether `training.precision` applies; false for weights that are held in float64 or float16.
+    Raises:
+        UserError: the precision is not to be had on this machine, or a tracker is not installed.
+    """
+    for tracker in tracking.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(
+                f"tracking.report_to names {tracker}, which is not installed; run `pip install {tracker}` (see "
+                "requirements/tracking.txt), or leave it out"
+            )
+    bf16, fp16 = uses_autocast(training.precision) if autocasts else (False, False)
+    warmup = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
+    return TrainingArguments(
+        output_dir=str(folder),
+        run_name=run_name,
+        project=tracking.project,
+        report_to=list(tracking.report_to) or "none",
+        use_cpu=accelerator_name() == "cpu",
+        optim=optim.name,
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=warmup,
+        warmup_steps=optim.warmup_steps if optim.warmup_steps is not None else (optim.warmup_fraction or 0.0),
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_epsilon=optim.eps,
+        max_grad_norm=optim.max_grad_norm or 0.0,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.micro_batch_rows,
+        gradient_accumulation_steps=training.accumulation_steps,
+        bf16=bf16,
+        fp16=fp16,
+        seed=training.seed,
+        data_seed=training.seed,
+        logging_strategy="steps",
+        logging_steps=training.log_every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if training.save_every_steps else "no",
+        save_steps=training.save_every_steps or 500,
+        eval_strategy="steps" if evaluates and evaluation.every_steps else "no",
+        eval_steps=evaluation.every_steps,
+        eval_on_start=evaluates,
+        per_device_eval_batch_size=evaluation.micro_batch_rows,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=accelerator_name() == "cuda",
+        average_tokens_across_devices=False,  # the global step's tokens are counted here, not by Trainer
+    )
+
+
+class _EpochOrder(TrainerCallback):
+    """Sets the sampler's epoch from the number of steps taken, which a resumed run knows exactly."""
+
+    def __init__(self, sampler: GlobalBatchSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(state.global_step * self.sampler.global_batch // len(self.sampler))
+
+
+def _token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean loss a supervised token, from each row's summed loss (B,) and supervised tokens (B,)."""
+    tokens = int(np.sum(prediction.label_ids))
+    return {
+        "loss": float(np.sum(prediction.predictions, dtype=np.float64)) / max(1, tokens),
+        "supervised_tokens": tokens,
+    }
+
+
+class SFTTrainer(Trainer):
+    """Trainer whose loss is summed over supervised tokens and divided by their number in the global step."""
+
+    loss_is_scaled_for_ga = True
+    """Tells Trainer that `compute_loss` divides by the whole accumulated batch already."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        train_packs: PackedRows,
+        eval_packs: PackedRows | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        keep_checkpoints: int = 2,
+    ) -> None:
+        """
+        Args:
+            train_packs, eval_packs: rows as packs.
+            keep_checkpoints: newest checkpoints kept on disk.
+        Raises:
+            UserError: several GPUs are visible to one process.
+        """
+        flat = model.config._attn_implementation.startswith("flash")
+        if flat:
+            args.per_device_eval_batch_size = 1  # so that a row of figures still stands for one pack
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PackCollator(tokenizer.pad_token_id, flat=flat),
+            train_dataset=train_packs,
+            eval_dataset=eval_packs,
+            processing_class=tokenizer,
+            compute_metrics=_token_weighted_loss,
+            callbacks=list(callbacks),
+        )
+        if args.n_gpu > 1:
+            raise UserError(
+                f"one process sees {args.n_gpu} GPUs; start one for each with `accelerate launch train.py ...`, or "
+                "show it one with CUDA_VISIBLE_DEVICES=0"
+            )
+        self.model_accepts_loss_kwargs = True  # Trainer's word for: the loss is not divided by accumulation again
+        self.checkpoints = CheckpointWriter(Path(args.output_dir), keep=keep_checkpoints)
+        self.global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._sampler = GlobalBatchSampler(len(train_packs), global_batch=self.global_batch, seed=args.data_seed)
+        self.add_callback(_EpochOrder(self._sampler))
+        self.remove_callback(PrinterCallback)  # the run's own callbacks print
+        self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # supervised, all; since the last log
+        self._tokens_since = time.perf_counter()
+        # Trainer adds up losses in float32, which is coarser than what is compared here.
+        wide = torch.float32 if args.device.type == "mps" else torch.float64
+        self._loss = torch.zeros((), dtype=wide, device=args.device)
+        self._steps = 0  # optimizer steps that `_loss` holds
+        self._finite = torch.ones((), dtype=torch.bool, device=args.device)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, after a check that the model keeps the documents of a pack apart.
+
+        Raises:
+            UserError: it does not, or the loss stopped being finite.
+        """
+        packs = any(len(pack) > 1 for pack in self.train_dataset.packs)
+        if packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            with self.accelerator.autocast():
+                check_documents_apart(self.accelerator.unwrap_model(self.model))
+        self._tokens_since = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches of this process: process r of W takes the r-th of every W of the common order."""
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            sampler=self._sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """The micro-batches of one optimizer step, and the supervised tokens of all processes' together."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batches:
+            counts[0] += (next_token_targets(batch["labels"]) != IGNORED).sum()
+            counts[1] += (batch["input_ids"] != self.data_collator.pad_token_id).sum()
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        self._tokens += counts
+        self._steps += 1
+        self.state.num_input_tokens_seen += int(counts[1])
+        return batches, counts[0]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Summed loss over the global step's supervised tokens, times the processes, whose gradients are averaged."""
+        nll_T, _ = supervised_nll(model, inputs)
+        loss = nll_T.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        self._loss += loss.detach()
+        self._finite &= torch.isfinite(loss.detach())
+        if loss.device.type == "cpu":  # elsewhere the look would wait for the device, so it is taken when logging
+            self.stop_unless_finite()
+        return loss
+
+    def stop_unless_finite(self) -> None:
+        """
+        Raises:
+            UserError: a loss since the start was infinite or not a number.
+        """
+        if not bool(self._finite):
+            raise UserError(
+                f"the loss stopped being finite by step {self.state.global_step + 1}; the weights are spoiled. Resume "
+                "from the last checkpoint with a lower optim.learning_rate, a longer warmup, or training.precision "
+                "float32"
+            )
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Each row's summed loss and supervised tokens, both (B,), from which the exact mean is made at the end."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nll_T, row_T = supervised_nll(model, inputs)
+        rows = len(inputs["input_ids"])
+        nll_B = torch.zeros(rows, dtype=nll_T.dtype, device=nll_T.device).index_add_(0, row_T, nll_T)
+        tokens_B = (next_token_targets(inputs["labels"]) != IGNORED).sum(dim=1)
+        return None, nll_B, tokens_B
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the loss unrounded, and the speed since the last training line, over all processes."""
+        if "loss" in logs:
+            self.stop_unless_finite()
+            logs["loss"] = (self.accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)).item()
+            seconds = max(1e-9, time.perf_counter() - self._tokens_since)
+            supervised, tokens = self._tokens.tolist()
+            logs["tokens_per_second"] = tokens / seconds
+            logs["supervised_tokens_per_second"] = supervised / seconds
+            logs["tokens"] = self.state.num_input_tokens_seen
+            self.restart_clock()
+        super().log(logs, start_time)
+
+    def restart_clock(self) -> None:
+        """Start the sums that the next training line is made of."""
+        self._loss.zero_()
+        self._steps = 0
+        self._tokens.zero_()
+        self._tokens_since = time.perf_counter()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; the time is not counted against training speed.
+
+        Returns:
+            `eval_loss`, the mean over supervised tokens in nats, and `eval_supervised_tokens`, among Trainer's figures.
+        """
+        paused = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._tokens_since += time.perf_counter() - paused
+        return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer puts a checkpoint: aside, until it is complete."""
+        return str(self.checkpoints.staging)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """A checkpoint that is complete or absent."""
+        self.stop_unless_finite()
+        with self.checkpoints.writing(self.state.global_step, main=self.args.should_save):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()

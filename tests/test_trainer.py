@@ -1,0 +1,277 @@
+"""No way of splitting, packing or padding a global batch changes what a step learns."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
+from src.loss import supervised_nll
+from src.packing import IGNORED, PackCollator, PackedRows
+from src.trainer import SFTTrainer, training_arguments
+from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY, LENGTH = 61, 32
+
+
+def tiny_model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({f"t{index}": index for index in range(VOCABULARY)}, unk_token="t1"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", eos_token="t2")
+
+
+def uneven_rows(count=40, seed=0, supervise_all=False):
+    """Rows of 3 to 20 tokens whose supervised share differs much from row to row, so that a mean of means is wrong."""
+    random = np.random.default_rng(seed)
+    ids, labels = [], []
+    for index in range(count):
+        row = random.integers(3, VOCABULARY, size=int(random.integers(3, 21))).tolist()
+        first = 1 if supervise_all else int(random.integers(1, len(row)))
+        ids.append(row)
+        labels.append([IGNORED] * first + row[first:] if index % 7 else [IGNORED, *row[1:]])
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def reference_loss(model, rows):
+    """Mean loss a supervised token, one row at a time, from the full logits: what every layout must give."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+            labels = torch.tensor(row["labels"][1:])
+            total += functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
+            tokens += int((labels != IGNORED).sum())
+    return total / tokens
+
+
+def train(
+    folder, model, rows, *, micro=1, accumulation=1, packing=False, optimizer="sgd", steps=10, rate=0.1, eval_rows=None
+):
+    """Losses of each step, with the same global batches for the same product of `micro` and `accumulation`."""
+    args = training_arguments(
+        folder,
+        OptimConfig(name=optimizer, learning_rate=rate, schedule="constant", max_grad_norm=None),
+        TrainingConfig(
+            max_steps=steps,
+            micro_batch_rows=micro,
+            accumulation_steps=accumulation,
+            log_every_steps=1,
+            save_every_steps=None,
+            precision="float32",
+        ),
+        EvaluationConfig(),
+        TrackingConfig(),
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        tokenizer=tiny_tokenizer(),
+        train_packs=PackedRows(rows, max_length=LENGTH, packing=packing),
+        eval_packs=eval_rows and PackedRows(eval_rows, max_length=LENGTH, packing=packing),
+    )
+    trainer.train()
+    return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def weights_of(model):
+    return torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+
+
+def relative_change(model, reference):
+    return ((weights_of(model) - weights_of(reference)).norm() / weights_of(reference).norm()).item()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("supervise_all", [True, False])
+@pytest.mark.parametrize("keep_by_mask", [True, False])
+def test_loss_of_packed_and_padded_rows_is_that_of_each_row_alone(packing, supervise_all, keep_by_mask):
+    model, rows = tiny_model(), uneven_rows(supervise_all=supervise_all)
+    packs = PackedRows(rows, max_length=LENGTH, packing=packing)
+    total, tokens = 0.0, 0
+    for start in range(0, len(packs), 4):
+        batch = PackCollator(0)([packs[index] for index in range(start, min(start + 4, len(packs)))])
+        with torch.no_grad():
+            nll, row = supervised_nll(model, batch, keep_by_mask=keep_by_mask)
+        assert int(row.max()) < len(batch["input_ids"])
+        total, tokens = total + nll.double().sum().item(), tokens + len(nll)
+    assert total / tokens == pytest.approx(reference_loss(model, rows), rel=1e-6)
+
+
+def test_flat_batches_give_the_loss_of_padded_ones():
+    model, rows = tiny_model(), uneven_rows()
+    packs = PackedRows(rows, max_length=LENGTH, packing=True)
+    items = [packs[index] for index in range(4)]
+    with torch.no_grad():
+        flat = supervised_nll(model, PackCollator(0, flat=True)(items))[0].sum()
+        padded = supervised_nll(model, PackCollator(0)(items))[0].sum()
+    assert flat.item() == pytest.approx(padded.item(), rel=1e-6)
+
+
+def test_documents_that_ran_together_would_fail_the_comparison():
+    model, rows = tiny_model(), uneven_rows()
+    packs = PackedRows(rows, max_length=LENGTH, packing=True)
+    batch = PackCollator(0)([packs[index] for index in range(len(packs))])
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    with torch.no_grad():
+        nll, _ = supervised_nll(model, batch)
+    assert nll.double().mean().item() != pytest.approx(reference_loss(model, rows), rel=1e-4)
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.1), ("adamw_torch_fused", 1e-3)])
+def test_rows_by_accumulation_changes_neither_losses_nor_weights(tmp_path, optimizer, rate):
+    layouts = [(8, 1), (4, 2), (1, 8)]
+    for dtype, loss_bound, weight_bound in ((torch.float32, 1e-6, 1e-6), (torch.float64, 1e-12, 1e-12)):
+        runs = [
+            train(tmp_path, tiny_model(dtype), uneven_rows(), micro=m, accumulation=a, optimizer=optimizer, rate=rate)
+            for m, a in layouts
+        ]
+        for (trainer, losses), (other, other_losses) in itertools.pairwise(runs):
+            assert len(losses) == 10
+            np.testing.assert_allclose(losses, other_losses, rtol=loss_bound)
+            assert relative_change(trainer.model, other.model) <= weight_bound
+        assert relative_change(runs[0][0].model, tiny_model(dtype)) > 1e-4
+
+
+def test_a_step_is_that_of_plain_torch_on_the_same_rows(tmp_path):
+    rows = uneven_rows(8)
+    trainer, _ = train(tmp_path, tiny_model(torch.float64), rows, micro=2, accumulation=4, steps=1)
+    reference = tiny_model(torch.float64)
+    loss, tokens = 0.0, 0
+    for row in rows:
+        logits = reference(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        loss = loss + functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        tokens += int((labels != IGNORED).sum())
+    (loss / tokens).backward()
+    torch.optim.SGD(reference.parameters(), lr=0.1).step()
+    assert relative_change(trainer.model, reference) <= 1e-12
+
+
+class MeanOfMeans(SFTTrainer):
+    """The fault that the comparisons must see: each micro-batch divided by its own tokens."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        nll, _ = supervised_nll(model, inputs)
+        return nll.mean() / self.args.gradient_accumulation_steps
+
+
+def test_a_wrong_scale_of_the_loss_is_seen(tmp_path, monkeypatch):
+    right = [train(tmp_path, tiny_model(), uneven_rows(), micro=m, accumulation=8 // m)[0] for m in (8, 1)]
+    monkeypatch.setitem(train.__globals__, "SFTTrainer", MeanOfMeans)
+    wrong = [train(tmp_path, tiny_model(), uneven_rows(), micro=m, accumulation=8 // m)[0] for m in (8, 1)]
+    assert relative_change(right[0].model, right[1].model) <= 1e-6
+    assert relative_change(wrong[0].model, wrong[1].model) > 1e-4
+
+
+def test_a_last_global_batch_that_is_not_full_is_trained_on_exactly(tmp_path):
+    # 10 rows in global batches of 8: the second step holds 2 rows and 6 fillers, whatever the layout.
+    runs = [
+        train(tmp_path, tiny_model(torch.float64), uneven_rows(10), micro=m, accumulation=8 // m, steps=4)
+        for m in (8, 2)
+    ]
+    np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-12)
+    assert relative_change(runs[0][0].model, runs[1][0].model) <= 1e-12
+    assert runs[0][0].state.epoch == 2.0
+
+
+def test_evaluation_loss_is_the_mean_over_supervised_tokens(tmp_path):
+    rows = uneven_rows(13, seed=5)
+    for packing in (True, False):
+        trainer, _ = train(tmp_path, tiny_model(), uneven_rows(8), packing=packing, steps=1, eval_rows=rows)
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(reference_loss(trainer.model, rows), rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(UserError, match="loss stopped being finite by step 1"):
+        train(tmp_path, model, uneven_rows(8), steps=2)
+
+
+def test_a_model_whose_documents_see_each_other_is_refused(tmp_path):
+    model = tiny_model()
+    model.config._attn_implementation = "unmasked"
+    from transformers import AttentionInterface
+
+    def unmasked(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        out = functional.scaled_dot_product_attention(
+            query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), is_causal=True, scale=scaling
+        )
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("unmasked", unmasked)
+    with pytest.raises(UserError, match="documents of a pack see each other in LlamaForCausalLM"):
+        train(tmp_path, model, uneven_rows(), packing=True, steps=1)
+
+
+DDP = """
+import sys, json, torch
+sys.path[:0] = [{root!r}]
+from tests.test_trainer import *
+torch.set_num_threads(1)
+dtype, optimizer, rate, out = getattr(torch, sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
+world = int(__import__("os").environ["WORLD_SIZE"])
+results = {{}}
+for packing in (False, True):
+    trainer, losses = train(out, tiny_model(dtype), uneven_rows(45), micro=2, accumulation=4 // world, packing=packing,
+                            optimizer=optimizer, rate=rate, eval_rows=uneven_rows(13, seed=5))
+    metrics = trainer.evaluate()
+    assert trainer.args.world_size == world
+    if trainer.args.process_index == 0:
+        torch.save({{"losses": losses, "weights": weights_of(trainer.accelerator.unwrap_model(trainer.model)),
+                    "eval": metrics["eval_loss"]}}, f"{{out}}/{{world}}-{{packing}}.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "rate", "bound"),
+    [
+        ("float32", "sgd", 0.1, 1e-6),
+        ("float64", "sgd", 0.1, 1e-12),
+        ("float32", "adamw_torch_fused", 1e-3, 1e-6),
+        ("float64", "adamw_torch_fused", 1e-3, 1e-12),
+    ],
+)
+def test_two_processes_train_as_one(tmp_path, dtype, optimizer, rate, bound):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP.format(root=str(ROOT)))
+    for world in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+        command += [str(script), dtype, optimizer, str(rate), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    for packing in (False, True):
+        one, two = (torch.load(tmp_path / f"{world}-{packing}.pt") for world in (1, 2))
+        assert len(one["losses"]) == 10
+        np.testing.assert_allclose(one["losses"], two["losses"], rtol=bound)
+        assert ((one["weights"] - two["weights"]).norm() / one["weights"].norm()).item() <= bound
+        assert one["eval"] == pytest.approx(two["eval"], rel=1e-6)

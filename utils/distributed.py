@@ -1,0 +1,31 @@
+"""Which processes and devices a run has.
+
+check_world(processes=args.world_size)
+"""
+
+import torch
+
+from utils.errors import UserError
+from utils.launch import processes_started
+
+
+def accelerator_name() -> str:
+    """The device type that trains: `cuda`, `mps`, `xpu` ..., or `cpu` where there is none."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def check_world(processes: int) -> None:
+    """Compare the processes that the launcher started with those that know of each other.
+
+    Args:
+        processes: processes in the group, as the trainer sees them.
+    Raises:
+        UserError: the numbers differ, so that each process would train alone and write the same files.
+    """
+    started = processes_started()
+    if started != processes:
+        raise UserError(
+            f"the launcher started {started} processes (WORLD_SIZE), but each believes in {processes}: they "
+            "would train apart and overwrite each other. Launch with a file of config/accelerate, such as "
+            "`accelerate launch --config_file config/accelerate/ddp_cpu.yaml train.py ...` on a machine without a GPU"
+        )

@@ -1,0 +1,17 @@
+"""What the launcher says of this process, without importing torch.
+
+if is_main_process():
+    ...
+"""
+
+import os
+
+
+def is_main_process() -> bool:
+    """Whether this process is the first of those that the launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes_started() -> int:
+    """Processes that the launcher started, by its own account."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,53 @@
+"""What must not leave this machine: secrets, and the names of its folders.
+
+log.warning("the Hub answered: %s", redact(str(error)))
+published = public_record(json.loads(path.read_text()))
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow", ".bin")
+_PART = r"[^\s'\"/\\,;]+"  # a folder's or file's name, where it stands in a longer text
+_START = rf"(?<![\w.:/~<\\-])(?:file://)?(?:/(?={_PART}/)|~/|(?:\.\./)+|[A-Za-z]:[\\/])"
+
+
+def redact(text: str) -> str:
+    """`text` with every secret replaced by `***`: Hub tokens, authorization headers, and the values of environment
+    variables whose names end in TOKEN, KEY, SECRET or PASSWORD."""
+    for name, value in os.environ.items():
+        if name.endswith(("TOKEN", "KEY", "SECRET", "PASSWORD")) and len(value) >= 8:
+            text = text.replace(value, "***")
+    text = re.sub(r"Bearer [^'\"\n]+", "Bearer ***", text)
+    return re.sub(r"\b(?:hf|api_org)_(?:[a-z]+_)?[A-Za-z0-9]{16,}", "***", text)
+
+
+def without_folders(text: str) -> str:
+    """`text` with each path that is absolute, or leaves the working folder, replaced by its last part, and each home
+    folder by `~`. URLs, tags such as `</s>`, Hub ids and paths below the working folder stay."""
+    return re.sub(rf"{_START}(?:{_PART}[/\\])*({_PART})[/\\]?", r"\1", _without_homes(text))
+
+
+def public_record(content: Any) -> Any:
+    """A JSON value as it may be published: no secret in any string, of a local path no more than its last part, and of
+    a data file's path its name alone."""
+    if isinstance(content, dict):
+        return {key: public_record(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [public_record(value) for value in content]
+    if not isinstance(content, str):
+        return content
+    option, path = re.fullmatch(r"(--?[\w.-]+=)?(.*)", redact(_without_homes(content)), re.DOTALL).groups(default="")
+    is_path = re.match(r"~?/.+/|~/|\.\.?/|[A-Za-z]:[\\/]", path)
+    is_data_file = path.endswith(DATA_SUFFIXES) and not re.search(r"\s|://", path)
+    if (is_path or is_data_file) and "\n" not in path:
+        return option + re.split(r"[/\\]", path.rstrip("/\\"))[-1]  # one path, which may hold blanks
+    return option + without_folders(path)
+
+
+def _without_homes(text: str) -> str:
+    for folder in {str(Path.home()), str(Path.home().resolve())} - {"/"}:
+        text = re.sub(rf"{re.escape(folder)}(?![\w-])", "~", text)
+    return re.sub(r"/(?:home|Users)/[^\s/'\"]+", "~", text)
