@@ -1,0 +1,325 @@
+"""The data pipeline: sources -> conversations or texts -> token rows, with an account of every row.
+
+    data = build_datasets(config.data, tokenizer, context_length=8192)
+    data.train[0]             # {"input_ids": [128000, ...], "labels": [-100, ...]}
+    data.report["train"]      # rows read, kept and dropped with reasons, tokens, of each source and in all
+
+Nothing is left out unseen: each drop has a reason and a count in the report, and a line in the log.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from config.schema import DataConfig, SourceConfig
+from src.chat import DATE_STRING, ChatTemplate
+from src.formats import Conversation, TextRow, detect_format, require_assistant_turns, to_rows
+from src.sources import SourceRows, read_source
+from src.tokenization import RowEncoder, TokenRow
+from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+BATCH_ROWS = 1000
+"""Rows that are rendered and tokenized at once."""
+
+COLUMNS = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
+)
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """Everything a run learns from and is measured on.
+
+    `train` and `eval` have the columns input_ids and labels: lists of one length a row, at most `max_length`; a label
+    is the id of its own token, or -100 where it is not supervised, which the first of a row never is. `eval` is None
+    without evaluation rows; `eval_conversations` are those conversations of it that have an assistant turn, in order ([]
+    for texts). `report` is plain JSON.
+    """
+
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    eval_conversations: list[Conversation]
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source's rows with the name of their format."""
+
+    found: SourceRows
+    format: str
+    rows: list[Conversation] | list[TextRow]
+
+
+@dataclass
+class _Tally:
+    """What became of the rows of one source, on one side."""
+
+    rows_kept: int = 0
+    truncated: int = 0
+    texts_split: int = 0
+    joined_turns: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    longest_origin: str = ""
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def build_datasets(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, context_length: int | None = None
+) -> TokenizedData:
+    """Read, convert and tokenize all sources of a run.
+
+    Args:
+        context_length: the most tokens that the model takes at once; None: not known, so not checked.
+    Raises:
+        UserError: a source, row, template or length is not right; it says what was found and what to change.
+    """
+    if not config.train:
+        raise UserError("data.train names no source; give at least one, as in data.train=[{path: rows.jsonl}]")
+    if context_length is not None and config.max_length > context_length:
+        raise UserError(
+            f"data.max_length={config.max_length} exceeds the model's context of {context_length} tokens; lower it to "
+            f"{context_length} or less"
+        )
+    train = [_read(source, f"data.train[{i}]", config) for i, source in enumerate(config.train)]
+    held_out = [_read(source, f"data.eval[{i}]", config) for i, source in enumerate(config.eval)]
+    if not held_out and config.eval_fraction > 0:
+        train, held_out = _split(train, config.eval_fraction)
+    chat = any(source.format != "text" for source in (*train, *held_out))
+    encoder = RowEncoder.of(tokenizer, config.supervise, chat=chat)
+    if chat:
+        _warn_of_special_tokens([*train, *held_out], encoder.template)
+    if any(source.format == "text" for source in (*train, *held_out)) and tokenizer.eos_token is None:
+        log.warning("the tokenizer has no eos_token, so texts end without one; name it in model.special_tokens")
+    train_rows, train_report, _ = _tokenize(train, encoder, config, "train")
+    eval_rows, eval_report, measured = _tokenize(held_out, encoder, config, "eval") if held_out else (None, None, set())
+    return TokenizedData(
+        train=train_rows,
+        eval=eval_rows,
+        eval_conversations=[
+            row
+            for source in held_out
+            for row in source.rows
+            if isinstance(row, Conversation) and row.origin in measured and row.assistant_turns()
+        ],
+        report={
+            "supervise": config.supervise,
+            "max_length": config.max_length,
+            "overlong": config.overlong,
+            "eval_fraction": config.eval_fraction if not config.eval else 0.0,
+            "chat_template_sha256": encoder.template.sha256() if encoder.template else None,
+            "chat_template_date_string": DATE_STRING if encoder.template else None,
+            "bos_before_texts": bool(encoder.bos_ids()),
+            "train": train_report,
+            "eval": eval_report,
+        },
+    )
+
+
+def _read(source: SourceConfig, name: str, config: DataConfig) -> _Source:
+    found = read_source(source, name)
+    told = source.format == "auto"
+    format_name = detect_format(found) if told else source.format
+    log.info(
+        "%s: %d rows, %s as %s (columns %s)",
+        source.path,
+        len(found.rows),
+        "taken" if told else "given",
+        format_name,
+        ", ".join(found.columns),
+    )
+    rows = to_rows(found, format_name)
+    if format_name != "text" and config.supervise == "assistant":
+        require_assistant_turns(rows, source.path)
+    return _Source(found, format_name, rows)
+
+
+def content_hash(row: Conversation | TextRow) -> str:
+    """The SHA-256 of a row's content as canonical JSON: the same for equal rows, wherever they were read."""
+    content = row.text if isinstance(row, TextRow) else {"messages": list(row.messages), "tools": list(row.tools)}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _split(sources: Sequence[_Source], fraction: float) -> tuple[list[_Source], list[_Source]]:
+    """Set aside the rows whose hash lies in the lowest `fraction` of all hashes.
+
+    Raises:
+        UserError: all rows fall on one side.
+    """
+    limit = fraction * 16**16
+    train, held_out = [], []
+    for source in sources:
+        sides: tuple[list[Any], list[Any]] = ([], [])
+        for row in source.rows:
+            sides[int(content_hash(row)[:16], 16) < limit].append(row)
+        train.append(_Source(source.found, source.format, sides[0]))
+        held_out.append(_Source(source.found, source.format, sides[1]))
+    counts = [sum(len(source.rows) for source in side) for side in (train, held_out)]
+    if 0 in counts:
+        raise UserError(
+            f"data.eval_fraction={fraction} puts {counts[0]} rows on the training and {counts[1]} on the evaluation "
+            "side, as equal rows stay together; give more rows, another fraction, or a file of its own as data.eval "
+            f"(a txt file is one document, unless lines of <|endoftext|> part it)"
+        )
+    log.info("%d rows for training, %d set aside for evaluation by their content", *counts)
+    return train, held_out
+
+
+def _warn_of_special_tokens(sources: Iterable[_Source], template: ChatTemplate) -> None:
+    """Tell of content that the tokenizer will read as control tokens, in training and serving alike."""
+    hits = [
+        row.origin
+        for source in sources
+        for row in source.rows
+        if isinstance(row, Conversation)
+        and any(template.special_token.search(message["content"]) for message in row.messages)
+    ]
+    if hits:
+        log.warning(
+            "%d conversations hold the text of a special token, which the tokenizer reads as that token, as it does "
+            "when it serves; spans are right all the same: %s",
+            len(hits),
+            ", ".join(hits[:3]),
+        )
+
+
+def _encoded(rows: Sequence[Conversation] | Sequence[TextRow], encoder: RowEncoder, max_length: int) -> list[TokenRow]:
+    if isinstance(rows[0], TextRow):
+        return encoder.encode_texts(rows, max_length)
+    return encoder.encode_conversations(rows)
+
+
+def _batches(
+    rows: Sequence[Conversation] | Sequence[TextRow], encoder: RowEncoder, config: DataConfig
+) -> Iterator[list[TokenRow]]:
+    parts = [rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)]
+    if config.workers in (None, 1) or len(parts) < 2:
+        for part in parts:
+            yield _encoded(part, encoder, config.max_length)
+        return
+    count = min(config.workers, len(parts))
+    # Spawned, as a fork of a process whose tokenizer has started threads can hang.
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        yield from pool.map(_encoded, parts, [encoder] * len(parts), [config.max_length] * len(parts))
+
+
+def _tokenize(
+    sources: Sequence[_Source], encoder: RowEncoder, config: DataConfig, side: str
+) -> tuple[datasets.Dataset, dict[str, Any], set[str]]:
+    """Token rows of all sources, one after the other; the account of them; and the origins of those kept."""
+    tables, accounts, origins = [], [], set()
+    for source in sources:
+        tally = _Tally()
+        for batch in _batches(source.rows, encoder, config):
+            kept = list(_within_length(batch, config, tally))
+            origins |= {row.origin for row in kept}
+            tables.append(
+                datasets.Dataset.from_dict(
+                    {"input_ids": [row.input_ids for row in kept], "labels": [row.labels for row in kept]},
+                    features=COLUMNS,
+                )
+            )
+        _refuse_overlong(tally, config)
+        accounts.append(_account(source, tally))
+        _tell(source, tally, side)
+    report = {
+        "sources": accounts,
+        **{
+            key: sum(account[key] for account in accounts)
+            for key in ("rows_kept", "truncated", "texts_split", "tokens", "supervised_tokens")
+        },
+        "dropped": dict(sum((Counter(account["dropped"]) for account in accounts), Counter())),
+    }
+    if report["rows_kept"] == 0:
+        raise UserError(
+            f"no {side} row is left: {report['dropped'] or 'none was given'}; raise data.max_length="
+            f"{config.max_length}, or set data.overlong=truncate (now {config.overlong})"
+        )
+    return datasets.concatenate_datasets(tables), report, origins
+
+
+def _within_length(rows: Iterable[TokenRow], config: DataConfig, tally: _Tally) -> Iterator[TokenRow]:
+    """The rows to keep, each of at most `max_length` tokens and with something to learn; all are counted.
+
+    A cut row ends where it is cut: no EOS is put there, as the model would learn to stop in mid-sentence.
+    """
+    for row in rows:
+        tally.joined_turns += row.joined_turns
+        tally.texts_split += row.piece == 1
+        cut = len(row.input_ids) > config.max_length
+        if len(row.input_ids) > tally.longest:
+            tally.longest, tally.longest_origin = len(row.input_ids), row.origin
+        if cut and config.overlong != "truncate":
+            tally.dropped["overlong"] += 1
+            continue
+        if cut:
+            row = TokenRow(row.input_ids[: config.max_length], row.labels[: config.max_length], row.origin)
+        supervised = row.supervised_tokens()
+        if supervised == 0:
+            tally.dropped["nothing supervised after truncation" if cut else "nothing supervised"] += 1
+            continue
+        tally.truncated += cut
+        tally.rows_kept += 1
+        tally.tokens += len(row.input_ids)
+        tally.supervised_tokens += supervised
+        yield row
+
+
+def _refuse_overlong(tally: _Tally, config: DataConfig) -> None:
+    if config.overlong == "error" and tally.dropped["overlong"]:
+        raise UserError(
+            f"{tally.dropped['overlong']} rows have more than data.max_length={config.max_length} tokens; the longest "
+            f"has {tally.longest} ({tally.longest_origin}). Raise data.max_length, or set data.overlong to drop or "
+            "truncate"
+        )
+
+
+def _account(source: _Source, tally: _Tally) -> dict[str, Any]:
+    return {
+        "path": source.found.path,
+        "format": source.format,
+        "columns": list(source.found.columns),
+        "sha256": source.found.sha256,
+        "revision": source.found.revision,
+        "rows_read": len(source.found.rows),
+        "rows": len(source.rows),
+        "rows_kept": tally.rows_kept,
+        "dropped": dict(tally.dropped),
+        "truncated": tally.truncated,
+        "texts_split": tally.texts_split,
+        "turns_with_joined_white_space": tally.joined_turns,
+        "longest_row_tokens": tally.longest,
+        "tokens": tally.tokens,
+        "supervised_tokens": tally.supervised_tokens,
+    }
+
+
+def _tell(source: _Source, tally: _Tally, side: str) -> None:
+    changes = [f"{count} dropped ({reason})" for reason, count in tally.dropped.items()]
+    changes += [f"{tally.truncated} truncated"] if tally.truncated else []
+    changes += [f"{tally.texts_split} texts split into pieces"] if tally.texts_split else []
+    log.log(
+        30 if tally.dropped or tally.truncated else 20,
+        "%s (%s): %d rows kept of %d, %d tokens, %d supervised%s",
+        source.found.path,
+        side,
+        tally.rows_kept,
+        len(source.rows),
+        tally.tokens,
+        tally.supervised_tokens,
+        "; " + ", ".join(changes) if changes else "",
+    )
