@@ -1,0 +1,268 @@
+"""What a run's fields must satisfy together: pairs that exclude, need or contradict each other.
+
+Limits of a single field stand in `config.schema`; here is what no field can say alone. Each message names both fields
+and the way out. Nothing is read but the configuration and, for `model.path`, whether a folder of that name exists.
+
+    check_constraints(config)
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from config.schema import AdapterConfig, OptimConfig, RunConfig, SourceConfig, TrackingConfig
+
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+"""Endings that make a source's path a local file; any other path is a Hub data set's id."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_ADAM_FIELDS = ("beta1", "beta2", "eps")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: what was given, what is allowed, what to change.
+
+    Commands print it without a traceback and exit with 2.
+
+    Attributes:
+        problems: one sentence for each thing to mend; the message lists them all.
+    """
+
+    def __init__(self, problems: str | Sequence[str], where: str = "") -> None:
+        """Join `problems` into one message, after `where` (such as a recipe's path) if it is given."""
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        prefix = f"{where}: " if where else ""
+        if len(self.problems) == 1:
+            message = prefix + self.problems[0]
+        else:
+            message = f"{prefix}{len(self.problems)} problems:" + "".join(f"\n- {problem}" for problem in self.problems)
+        super().__init__(message)
+
+
+def check_constraints(config: RunConfig) -> None:
+    """Check every rule that joins fields of a configuration whose single fields are already valid.
+
+    Raises:
+        ConfigError: at least one rule is broken; every broken one is listed.
+    """
+    checks = (_blanks(config), _model(config), _precision(config), _adapter(config.adapter), _data(config))
+    problems = [problem for check in checks for problem in check]
+    problems += [*_optim(config), *_evaluation(config), *_services(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def is_local_file(source: SourceConfig) -> bool:
+    """Whether a source is a file on this machine, by the ending of its path, and not a Hub data set."""
+    return source.path.lower().endswith(FILE_SUFFIXES)
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Each text and number below `value`, with its dotted name."""
+    if dataclasses.is_dataclass(value):
+        for part in dataclasses.fields(value):
+            yield from _leaves(getattr(value, part.name), f"{name}.{part.name}" if name else part.name)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{name}.{index}")
+    else:
+        yield name, value
+
+
+def _blanks(config: RunConfig) -> Iterator[str]:
+    """Texts that hold nothing and numbers that are none."""
+    for name, value in _leaves(config, ""):
+        if isinstance(value, str) and not value.strip():
+            if re.fullmatch(r"data\.(train|eval)\.\d+\.path", name):
+                yield f"{name} is empty; give a file or a Hub data set's id, or take that source out"
+            else:
+                yield f"{name} is empty; give it a value, or leave it out"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{name}={value} is no finite number; give one"
+
+
+def _changed(section: Any, names: Sequence[str]) -> list[str]:
+    """Those of a section's fields that differ from their defaults."""
+    default = type(section)()
+    return [name for name in names if getattr(section, name) != getattr(default, name)]
+
+
+def _is_folder(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~")) or Path(path).is_dir()
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model, architecture = config.model, config.model.architecture
+    if model.path is None and not architecture:
+        yield (
+            "model.path and model.architecture are both left out; give model.path to start from a checkpoint, or "
+            "model.architecture to start from random weights"
+        )
+    if model.path is not None and architecture:
+        yield (
+            f"model.path={model.path} and model.architecture exclude each other; leave out model.architecture to train "
+            "the checkpoint, or model.path to start from random weights"
+        )
+    if model.revision is not None and (model.path is None or _is_folder(model.path)):
+        subject = "no model.path" if model.path is None else f"model.path={model.path}, a folder on this machine"
+        yield (
+            f"model.revision={model.revision} is given with {subject}; leave out model.revision, or give a Hub id as "
+            "model.path"
+        )
+    if architecture and "model_type" not in architecture:
+        yield "model.architecture has no model_type; add model.architecture.model_type, such as llama"
+    if architecture and model.tokenizer is None:
+        yield (
+            "model.architecture needs model.tokenizer, since there is no checkpoint to take one from; give "
+            "model.tokenizer a folder, a Hub id or a tokenizer.json file"
+        )
+    yield from _sizes(config)
+    if model.quantization == "none":
+        return
+    if config.adapter.kind == "none":
+        yield (
+            f"model.quantization={model.quantization} freezes the weights and adapter.kind=none trains them; give "
+            "adapter.kind=lora, or model.quantization=none"
+        )
+    if architecture:
+        yield (
+            f"model.quantization={model.quantization} needs a checkpoint, and model.architecture starts from random "
+            "weights; give model.path instead, or model.quantization=none"
+        )
+    if model.dtype == "float64":
+        yield (
+            f"model.quantization={model.quantization} cannot compute in model.dtype=float64; use model.dtype=bfloat16, "
+            "or auto"
+        )
+
+
+def _sizes(config: RunConfig) -> Iterator[str]:
+    """Sizes that an architecture names and that must fit each other, and the rows."""
+    sizes = {key: value for key, value in config.model.architecture.items() if type(value) is int and value > 0}
+    context = sizes.get("max_position_embeddings")
+    if context is not None and config.data.max_length > context:
+        yield (
+            f"data.max_length={config.data.max_length} exceeds model.architecture.max_position_embeddings={context}; "
+            f"lower data.max_length to {context} or less, or raise the model's context"
+        )
+    width, heads, kv_heads = (sizes.get(f) for f in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if width and heads and width % heads and "head_dim" not in config.model.architecture:
+        yield (
+            f"model.architecture.hidden_size={width} is no multiple of model.architecture.num_attention_heads={heads}; "
+            "change one of them, or give model.architecture.head_dim"
+        )
+    if heads and kv_heads and heads % kv_heads:
+        yield (
+            f"model.architecture.num_attention_heads={heads} is no multiple of "
+            f"model.architecture.num_key_value_heads={kv_heads}; change one of them"
+        )
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    """Number formats of weights, products and attention kernels that do not go together."""
+    dtype, precision, attention = config.model.dtype, config.training.precision, config.model.attention
+    full = config.adapter.kind == "none"
+    if dtype == "float16" and full:
+        yield (
+            "model.dtype=float16 with adapter.kind=none would train float16 weights, whose updates and optimizer state "
+            "underflow; use model.dtype=float32 with training.precision=fp16, or model.dtype=bfloat16"
+        )
+    elif dtype == "bfloat16" and full and precision == "fp16":
+        yield (
+            "training.precision=fp16 scales gradients, which needs float32 weights, and model.dtype=bfloat16 has none; "
+            "use model.dtype=float32, or training.precision=bf16"
+        )
+    if dtype == "float64" and precision in ("bf16", "fp16"):
+        yield (
+            f"training.precision={precision} has no effect on model.dtype=float64; use model.dtype=float32, or "
+            "training.precision=float32"
+        )
+    if attention.startswith("flash_attention"):
+        whole = dtype == "float32" or (dtype == "auto" and full)
+        if dtype == "float64" or (whole and precision == "float32"):
+            yield (
+                f"model.attention={attention} computes in half precision only, and model.dtype={dtype} with "
+                f"training.precision={precision} gives it none; use training.precision=bf16 with model.dtype=float32, "
+                "or model.attention=sdpa"
+            )
+
+
+def _adapter(adapter: AdapterConfig) -> Iterator[str]:
+    options = [part.name for part in dataclasses.fields(AdapterConfig) if part.name != "kind"]
+    changed = _changed(adapter, options)
+    if adapter.kind == "none" and changed:
+        names = ", ".join(f"adapter.{name}" for name in changed)
+        yield f"{names} given with adapter.kind=none, which has no adapter; give adapter.kind=lora, or leave them out"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if not data.train:
+        yield "data.train is empty; name at least one source, such as data.train.0.path=rows.jsonl"
+    if data.eval and data.eval_fraction:
+        yield (
+            f"data.eval and data.eval_fraction={data.eval_fraction} exclude each other; leave out data.eval_fraction, "
+            "or the sources of data.eval"
+        )
+    for part, sources in (("train", data.train), ("eval", data.eval)):
+        for index, source in enumerate(sources):
+            changed = _changed(source, ("subset", "split", "revision"))
+            if changed and is_local_file(source):
+                name = f"data.{part}.{index}"
+                given = ", ".join(f"{name}.{key}={getattr(source, key)}" for key in changed)
+                yield (
+                    f"{given} given with {name}.path={source.path}, a local file, which has no such thing; leave it "
+                    f"out, or give a Hub data set's id as {name}.path"
+                )
+
+
+def _optim(config: RunConfig) -> Iterator[str]:
+    optim, max_steps = config.optim, config.training.max_steps
+    if optim.warmup_steps is not None and optim.warmup_fraction is not None:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_fraction={optim.warmup_fraction} exclude each "
+            "other; leave one of them out"
+        )
+    if optim.warmup_steps is not None and max_steps is not None and optim.warmup_steps >= max_steps:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} is not below training.max_steps={max_steps}, so the learning "
+            "rate would never reach its peak; lower it, or give optim.warmup_fraction instead"
+        )
+    changed = _changed(optim, _ADAM_FIELDS)
+    if optim.name in ("sgd", "adafactor") and changed:
+        names = ", ".join(f"optim.{name}" for name in changed)
+        default = OptimConfig().name
+        yield f"{names} given with optim.name={optim.name}, which has none; leave out, or give optim.name={default}"
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    if config.data.eval or config.data.eval_fraction:
+        return
+    evaluation = config.evaluation
+    for name in ("exact_match", "every_steps"):
+        value = getattr(evaluation, name)
+        if value:
+            yield (
+                f"evaluation.{name}={value} needs evaluation rows, and data.eval and data.eval_fraction give none; "
+                f"name sources in data.eval, set data.eval_fraction, or leave out evaluation.{name}"
+            )
+
+
+def _services(config: RunConfig) -> Iterator[str]:
+    """Trackers and the Hub."""
+    tracking, repo_id = config.tracking, config.hub.repo_id
+    if tracking.project != TrackingConfig().project and not tracking.report_to:
+        yield (
+            f"tracking.project={tracking.project} is given with an empty tracking.report_to; name a tracker in "
+            "tracking.report_to, or leave out tracking.project"
+        )
+    if len(set(tracking.report_to)) < len(tracking.report_to):
+        yield f"tracking.report_to={', '.join(tracking.report_to)} names a tracker twice; name each once"
+    if repo_id is not None and not _HUB_NAME.fullmatch(repo_id):
+        yield f"hub.repo_id={repo_id} is no repository's name; give owner/name, such as my-team/my-model"
