@@ -9,6 +9,7 @@ Nothing is left out unseen: each drop has a reason and a count in the report, an
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +44,7 @@ class TokenizedData:
 
     `train` and `eval` have the columns input_ids and labels: lists of one length a row, at most `max_length`; a label
     is the id of its own token, or -100 where it is not supervised, which the first of a row never is. `eval` is None
-    without evaluation rows; `eval_conversations` are those conversations of it that have an assistant turn, in order ([]
+    without evaluation rows; `eval_conversations` are those of its conversations that end with an answer, in order (none
     for texts). `report` is plain JSON.
     """
 
@@ -88,14 +89,14 @@ def build_datasets(
         UserError: a source, row, template or length is not right; it says what was found and what to change.
     """
     if not config.train:
-        raise UserError("data.train names no source; give at least one, as in data.train=[{path: rows.jsonl}]")
+        raise UserError("data.train names no source; give at least one, as in data.train.0.path=rows.jsonl")
     if context_length is not None and config.max_length > context_length:
         raise UserError(
             f"data.max_length={config.max_length} exceeds the model's context of {context_length} tokens; lower it to "
             f"{context_length} or less"
         )
-    train = [_read(source, f"data.train[{i}]", config) for i, source in enumerate(config.train)]
-    held_out = [_read(source, f"data.eval[{i}]", config) for i, source in enumerate(config.eval)]
+    train = [_read(source, f"data.train.{i}", config) for i, source in enumerate(config.train)]
+    held_out = [_read(source, f"data.eval.{i}", config) for i, source in enumerate(config.eval)]
     if not held_out and config.eval_fraction > 0:
         train, held_out = _split(train, config.eval_fraction)
     chat = any(source.format != "text" for source in (*train, *held_out))
@@ -113,7 +114,7 @@ def build_datasets(
             row
             for source in held_out
             for row in source.rows
-            if isinstance(row, Conversation) and row.origin in measured and row.assistant_turns()
+            if isinstance(row, Conversation) and row.origin in measured and row.ends_with_answer()
         ],
         report={
             "supervise": config.supervise,
@@ -173,7 +174,7 @@ def _split(sources: Sequence[_Source], fraction: float) -> tuple[list[_Source], 
         raise UserError(
             f"data.eval_fraction={fraction} puts {counts[0]} rows on the training and {counts[1]} on the evaluation "
             "side, as equal rows stay together; give more rows, another fraction, or a file of its own as data.eval "
-            f"(a txt file is one document, unless lines of <|endoftext|> part it)"
+            "(a txt file is one document, unless lines of <|endoftext|> part it)"
         )
     log.info("%d rows for training, %d set aside for evaluation by their content", *counts)
     return train, held_out
@@ -313,8 +314,8 @@ def _tell(source: _Source, tally: _Tally, side: str) -> None:
     changes += [f"{tally.truncated} truncated"] if tally.truncated else []
     changes += [f"{tally.texts_split} texts split into pieces"] if tally.texts_split else []
     log.log(
-        30 if tally.dropped or tally.truncated else 20,
-        "%s (%s): %d rows kept of %d, %d tokens, %d supervised%s",
+        logging.WARNING if tally.dropped or tally.truncated else logging.INFO,
+        "%s (%s): %d of %d rows kept, %d tokens, %d of them supervised%s",
         source.found.path,
         side,
         tally.rows_kept,

@@ -61,6 +61,10 @@ class Conversation:
         """Indices of the assistant's messages."""
         return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
 
+    def ends_with_answer(self) -> bool:
+        """Whether the last message is the assistant's, with something before it to answer."""
+        return len(self.messages) > 1 and self.messages[-1]["role"] == "assistant"
+
 
 @dataclass(frozen=True)
 class TextRow:

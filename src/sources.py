@@ -1,6 +1,6 @@
 """Sources: a file, a folder of files or a Hub data set -> rows as plain dicts, each with its place for error messages.
 
-    found = read_source(SourceConfig(path="gsm8k/train.jsonl", columns={"prompt": "question"}), "data.train[0]")
+    found = read_source(SourceConfig(path="gsm8k/train.jsonl", columns={"prompt": "question"}), "data.train.0")
     found.rows[0]  # Row(origin="gsm8k/train.jsonl line 1", values={"prompt": "Natalia sold clips ...", ...})
 
 Local files are read without the datasets cache and with no network, so that nested JSON keeps its exact shape.
@@ -39,7 +39,7 @@ class Row:
 class SourceRows:
     """All rows taken from one source.
 
-    `name` is the config's name of it, such as `data.train[0]`; `columns` are those of all rows together, after
+    `name` is the config's name of it, such as `data.train.0`; `columns` are those of all rows together, after
     renaming; `sha256` maps each file to the digest of its bytes (empty for the Hub); `revision` is the Hub commit.
     """
 
