@@ -1,9 +1,9 @@
 """Train a language model as a recipe says.
 
-    accelerate launch train.py --config config/smol.py
-    accelerate launch train.py --config config/smol.py --resume
-    python train.py --config config/smol.py --optim.learning_rate 1e-3 --print-config
-    python train.py --help
+accelerate launch train.py --config config/smol.py
+accelerate launch train.py --config config/smol.py --resume
+python train.py --config config/smol.py --optim.learning_rate 1e-3 --print-config
+python train.py --help
 """
 
 import sys
@@ -21,32 +21,46 @@ log = get_logger("train")
 def train(command: CommandLine) -> None:
     """Recipe -> run -> data -> model -> trainer -> result -> Hub."""
     # torch and its company take seconds to import: only once the recipe is known to be right.
+    from transformers.utils.logging import disable_progress_bar
+
     from src.adapters import add_adapter, count_parameters
     from src.callbacks import Answers, MetricsFile, Progress
     from src.data import build_datasets
-    from src.model import check_length, load_model, load_settings, load_tokenizer
-    from src.model_card import model_card
+    from src.model import context_length, load_model, load_settings, load_tokenizer
     from src.packing import PackedRows
-    from src.publish import check_publishing, publish
-    from src.run import open_run
+    from src.run import open_run, publish
     from src.trainer import SFTTrainer, training_arguments
     from utils.distributed import check_world
+    from utils.hub import check_access
     from utils.reproducibility import environment
 
+    disable_progress_bar()
     started, config = time.perf_counter(), command.config
     run = open_run(config.output, resume=command.resume)
-    check_publishing(config.hub)
-    args = training_arguments(run.path, config)
+    if config.hub.repo_id and is_main_process():
+        check_access(config.hub.repo_id, private=config.hub.private)
+    args = training_arguments(
+        run.path,
+        config.optim,
+        config.training,
+        config.evaluation,
+        config.tracking,
+        run_name=config.output.name,
+        evaluates=bool(config.data.eval or config.data.eval_fraction),
+        autocasts=config.model.dtype not in ("float64", "float16"),
+    )
     check_world(args.world_size)
     log.info("%d process(es) on %s; the run is written to %s", args.world_size, args.device.type, run.path)
 
     tokenizer = load_tokenizer(config.model)
     settings = load_settings(config.model, tokenizer)
-    data = build_datasets(config.data, tokenizer, context_length=check_length(config.data, settings))
-    packs = PackedRows(data.train, max_length=config.data.max_length, packing=config.data.packing)
-    eval_packs = data.eval and PackedRows(data.eval, max_length=config.data.max_length, packing=config.data.packing)
+    data = build_datasets(config.data, tokenizer, context_length=context_length(settings))
+    train_packs = PackedRows.of(data.train, config.data)
+    eval_packs = PackedRows.of(data.eval, config.data) if data.eval else None
     model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.kind == "none")
     model = add_adapter(model, config.adapter)
+    parameters = count_parameters(model)
+    log.info("%s parameters, of which %s train", f"{parameters['total']:,}", f"{parameters['trainable']:,}")
 
     metrics = MetricsFile(run.path / "metrics.jsonl")
     answers = Answers(tokenizer, data.eval_conversations, config.evaluation, metrics, run.path / "samples.jsonl")
@@ -54,7 +68,7 @@ def train(command: CommandLine) -> None:
         model=model,
         args=args,
         tokenizer=tokenizer,
-        train_packs=packs,
+        train_packs=train_packs,
         eval_packs=eval_packs,
         keep_checkpoints=config.training.keep_checkpoints,
         callbacks=[Progress(), metrics, answers],
@@ -62,15 +76,15 @@ def train(command: CommandLine) -> None:
     run.warn_of_changes(to_dict(config))
     run.record("config.json", to_dict(config))
     run.record("environment.json", environment(Path(__file__).parent))
-    run.record("data.json", {**data.report, "packs": packs.describe(config.data.max_length)})
+    run.record("data.json", data.report | {"train_packs": train_packs.describe(config.data.max_length)})
 
     trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    if eval_packs:
+        trainer.evaluate_once()
     run.export(trainer)
-    seconds = time.perf_counter() - started
-    result = run.result(trainer, seconds=seconds, parameters=count_parameters(trainer.model))
-    run.record("result.json", result)
-    run.write("README.md", model_card(run.path))
-    ...
+    run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters)
+    if config.hub.repo_id and is_main_process():
+        publish(run, config.hub)
 
 
 def main() -> int:

@@ -35,10 +35,15 @@ def clock(seconds: float) -> str:
 class Progress(TrainerCallback):
     """One line a logged step: loss, learning rate, gradient norm, tokens a second, and the time that is left."""
 
-    def on_train_begin(
+    def __init__(self) -> None:
+        self._start: float | None = None  # when this process took its first step
+        self._first_step = 0
+
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._start, self._first_step = time.perf_counter(), state.global_step
+        if self._start is None:
+            self._start, self._first_step = time.perf_counter(), state.global_step
 
     def on_log(
         self,

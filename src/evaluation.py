@@ -5,14 +5,14 @@ share = sum(answer.is_exact for answer in answers) / len(answers)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.chat import render_prompt
+from src.chat import ChatTemplate
 from src.formats import Conversation
 from src.generation import generate
 
@@ -53,7 +53,8 @@ def answer_conversations(
     """
     state = PartialState()
     mine = conversations[state.process_index :: state.num_processes]
-    prompts = [render_prompt(tokenizer, conversation.messages[:-1], conversation.tools) for conversation in mine]
+    asked = [replace(conversation, messages=conversation.messages[:-1]) for conversation in mine]
+    prompts = ChatTemplate.of(tokenizer).render(asked, generation_prompt=True)
     texts = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     answers = [
         Answer(_last_question(conversation), str(conversation.messages[-1]["content"]), text)

@@ -6,7 +6,46 @@ answers = generate(model, tokenizer, ["<|im_start|>user\\nWhat is LoRA?<|im_end|
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from src.chat import ChatTemplate
+from src.formats import Conversation
+from utils.distributed import accelerator_name
+from utils.errors import UserError
+
+
+def load_for_generation(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model or adapter, and its tokenizer, on the device that this machine computes with.
+
+    Args:
+        source: a folder or a Hub id.
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")  # an adapter brings its base with it
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model could be loaded from {source}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(accelerator_name()), tokenizer
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+    """The text that asks for the turn after `messages`, by the tokenizer's chat template.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    conversation = Conversation(messages=tuple(messages), origin="prompt")
+    return ChatTemplate.of(tokenizer).render([conversation], generation_prompt=True)[0]
 
 
 @torch.inference_mode()
@@ -44,6 +83,7 @@ def generate(
         eos_token_id=model.generation_config.eos_token_id,
         bos_token_id=model.generation_config.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
         **({"do_sample": False} | drawing),
     )
     answers = [""] * len(prompts)
@@ -58,7 +98,7 @@ def generate(
         for row, index in enumerate(batch):  # padding on the left, so that every answer starts at the same place
             ids_BL[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index], device=device)
             mask_BL[row, longest - len(encoded[index]) :] = 1
-        out_BL = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings, use_cache=True)
+        out_BL = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings)
         texts = tokenizer.batch_decode(out_BL[:, longest:], skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text

@@ -144,21 +144,9 @@ def _settings_from_architecture(architecture: dict[str, Any], tokenizer: PreTrai
     return settings
 
 
-def check_length(max_length: int, settings: PreTrainedConfig) -> int | None:
-    """The tokens that a model was made to see at once, or None where its config does not say.
-
-    Args:
-        max_length: tokens in the longest row, from `data.max_length`.
-    Raises:
-        UserError: rows may be longer than the model's context.
-    """
-    context = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    if context is not None and max_length > context:
-        raise UserError(
-            f"data.max_length={max_length} exceeds the model's context of {context} tokens (max_position_embeddings); "
-            f"lower it to {context} or less"
-        )
-    return context
+def context_length(settings: PreTrainedConfig) -> int | None:
+    """The tokens that a model was made to see at once, or None where its config does not say."""
+    return getattr(settings.get_text_config(), "max_position_embeddings", None)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

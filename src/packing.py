@@ -19,6 +19,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from config.schema import DataConfig
+
 IGNORED = -100
 """The label of a token that the loss does not count, as in transformers and torch."""
 
@@ -81,6 +83,11 @@ class PackedRows(torch.utils.data.Dataset):
         self.rows = rows.with_format("numpy", columns=["input_ids", "labels"])
         self.lengths = [len(ids) for ids in rows.with_format("arrow")["input_ids"]] if len(rows) else []
         self.packs = best_fit_bins(self.lengths, max_length) if packing else [[index] for index in range(len(rows))]
+
+    @classmethod
+    def of(cls, rows: Dataset, config: DataConfig) -> "PackedRows":
+        """The packs of a run's rows, as its config has them."""
+        return cls(rows, max_length=config.max_length, packing=config.packing)
 
     def __len__(self) -> int:
         return len(self.packs)

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from config.schema import OutputConfig
+from config.schema import HubConfig, OutputConfig
+from src.callbacks import clock
+from src.model_card import model_card
 from utils.checkpointing import last_checkpoint
 from utils.errors import UserError
-from utils.files import whole_folder, write_json
+from utils.files import whole_folder, write_json, write_text
+from utils.hub import push_folder
 from utils.launch import is_main_process
 from utils.logging import get_logger
 
@@ -57,8 +60,27 @@ class Run:
             trainer.save_model(str(folder))
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody who loads the model needs
 
-    def result(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int]) -> dict[str, Any]:
-        """What came of the run, for result.json: its length, its figures before and after, time and peak memory."""
+    def conclude(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int]) -> None:
+        """Write result.json and the model card, and say what came of the run.
+
+        Args:
+            seconds: since the program began.
+            parameters: numbers that train and in all.
+        """
+        if not is_main_process():
+            return
+        result = self._result(trainer, seconds=seconds, parameters=parameters)
+        self.record("result.json", result)
+        write_text(self.path / "README.md", model_card(self.path))
+        for name, label in (("loss", "eval loss"), ("exact_match", "exact match")):
+            if name in result["before"] and name in result["after"]:
+                log.info("%s: %.4f before, %.4f after", label, result["before"][name], result["after"][name])
+        memory = result["peak_memory"].get("cuda_mib", result["peak_memory"]["resident_mib"])
+        log.info("%d steps in %s, %s MiB at most", result["steps"], clock(seconds), f"{memory:,}")
+        log.info("the result is in %s; try it:", self.path / "model")
+        log.info('  python scripts/generate.py %s --prompt "..."', self.path / "model")
+
+    def _result(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int]) -> dict[str, Any]:
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
         steps = trainer.state.global_step
@@ -71,8 +93,8 @@ class Run:
             "tokens": trainer.state.num_input_tokens_seen,
             "seconds": round(seconds, 1),
             "parameters": parameters,
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
             "before": _evaluations(metrics, 0),
             "after": _evaluations(metrics, steps),
             "peak_memory": peak,
@@ -119,3 +141,13 @@ def open_run(config: OutputConfig, *, resume: bool) -> Run:
             f"{path} holds a run already; go on with it by --resume, or start another beside it by --output.name NAME"
         )
     return Run(path, None)
+
+
+def publish(run: Run, config: HubConfig) -> None:
+    """Push a finished run to the Hub; the main process alone calls this.
+
+    Raises:
+        UserError: the push failed; it says where the result stands and how to push it again.
+    """
+    url = push_folder(run.path, config.repo_id, private=config.private, message=f"Upload {run.path.name}")
+    log.info("pushed to %s", url)

@@ -206,7 +206,6 @@ class SFTTrainer(Trainer):
         if packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             with self.accelerator.autocast():
                 check_documents_apart(self.accelerator.unwrap_model(self.model))
-        self._tokens_since = time.perf_counter()
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -224,6 +223,8 @@ class SFTTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """The micro-batches of one optimizer step, and the supervised tokens of all processes' together."""
+        if self._steps == 0:
+            self._tokens_since = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
@@ -297,7 +298,6 @@ class SFTTrainer(Trainer):
         self._loss.zero_()
         self._steps = 0
         self._tokens.zero_()
-        self._tokens_since = time.perf_counter()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; the time is not counted against training speed.
@@ -309,6 +309,12 @@ class SFTTrainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         self._tokens_since += time.perf_counter() - paused
         return metrics
+
+    def evaluate_once(self) -> None:
+        """Evaluate at the last step, unless that was done already."""
+        done = (line["step"] == self.state.global_step for line in self.state.log_history if "eval_loss" in line)
+        if not any(done):
+            self.evaluate()
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer puts a checkpoint: aside, until it is complete."""

@@ -1,7 +1,6 @@
 """No way of splitting, packing or padding a global batch changes what a step learns."""
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -233,45 +232,41 @@ def test_a_model_whose_documents_see_each_other_is_refused(tmp_path):
         train(tmp_path, model, uneven_rows(), packing=True, steps=1)
 
 
-DDP = """
-import sys, json, torch
+CASES = [
+    (dtype, optimizer, rate, packing)
+    for dtype in ("float32", "float64")
+    for optimizer, rate in (("sgd", 0.1), ("adamw_torch_fused", 1e-3))
+    for packing in (False, True)
+]
+LAUNCHED = """
+import os, sys, torch
 sys.path[:0] = [{root!r}]
-from tests.test_trainer import *
-torch.set_num_threads(1)
-dtype, optimizer, rate, out = getattr(torch, sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
-world = int(__import__("os").environ["WORLD_SIZE"])
-results = {{}}
-for packing in (False, True):
-    trainer, losses = train(out, tiny_model(dtype), uneven_rows(45), micro=2, accumulation=4 // world, packing=packing,
-                            optimizer=optimizer, rate=rate, eval_rows=uneven_rows(13, seed=5))
-    metrics = trainer.evaluate()
+from tests.test_trainer import CASES, train, tiny_model, uneven_rows, weights_of
+world, folder = int(os.environ["WORLD_SIZE"]), {folder!r}
+results = []
+for dtype, optimizer, rate, packing in CASES:
+    trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), micro=2,
+                            accumulation=4 // world, packing=packing, optimizer=optimizer, rate=rate,
+                            eval_rows=uneven_rows(13, seed=5))
     assert trainer.args.world_size == world
-    if trainer.args.process_index == 0:
-        torch.save({{"losses": losses, "weights": weights_of(trainer.accelerator.unwrap_model(trainer.model)),
-                    "eval": metrics["eval_loss"]}}, f"{{out}}/{{world}}-{{packing}}.pt")
+    weights = weights_of(trainer.accelerator.unwrap_model(trainer.model))
+    results.append((losses, weights, trainer.evaluate()["eval_loss"]))
+if trainer.args.process_index == 0:
+    torch.save(results, f"{{folder}}/{{world}}.pt")
 """
 
 
-@pytest.mark.parametrize(
-    ("dtype", "optimizer", "rate", "bound"),
-    [
-        ("float32", "sgd", 0.1, 1e-6),
-        ("float64", "sgd", 0.1, 1e-12),
-        ("float32", "adamw_torch_fused", 1e-3, 1e-6),
-        ("float64", "adamw_torch_fused", 1e-3, 1e-12),
-    ],
-)
-def test_two_processes_train_as_one(tmp_path, dtype, optimizer, rate, bound):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP.format(root=str(ROOT)))
+def test_two_processes_train_as_one(tmp_path):
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED.format(root=str(ROOT), folder=str(tmp_path)))
     for world in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        command += [str(script), dtype, optimizer, str(rate), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    for packing in (False, True):
-        one, two = (torch.load(tmp_path / f"{world}-{packing}.pt") for world in (1, 2))
-        assert len(one["losses"]) == 10
-        np.testing.assert_allclose(one["losses"], two["losses"], rtol=bound)
-        assert ((one["weights"] - two["weights"]).norm() / one["weights"].norm()).item() <= bound
-        assert one["eval"] == pytest.approx(two["eval"], rel=1e-6)
+    results = zip(CASES, torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt"), strict=True)
+    for (dtype, *_), (losses, weights, eval_loss), (other_losses, other_weights, other_eval_loss) in results:
+        bound = {"float32": 1e-6, "float64": 1e-12}[dtype]
+        assert len(losses) == 10
+        np.testing.assert_allclose(losses, other_losses, rtol=bound)
+        assert ((weights - other_weights).norm() / weights.norm()).item() <= bound
+        assert eval_loss == pytest.approx(other_eval_loss, rel=1e-6)

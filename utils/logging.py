@@ -21,12 +21,15 @@ def set_up_logging() -> None:
     root.propagate = False
     if not root.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-        handler.addFilter(_shorten)
+        handler.setFormatter(_Plain())
         root.addHandler(handler)
+    # bitsandbytes offers a faster CPU kernel, from a package that this project does without, at every import.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _shorten(record: logging.LogRecord) -> bool:
-    """Leave the level's name out of an ordinary message."""
-    record.levelname = "" if record.levelno == logging.INFO else f"{record.levelname}:"
-    return True
+class _Plain(logging.Formatter):
+    """The message alone, with its level before it where it is more than information."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        return level + super().format(record)
