@@ -29,9 +29,7 @@ DATE_STRING = "26 Jul 2024"
 Llama 3.1 and 3.2 templates write themselves where they know of no clock."""
 
 WHITE_SPACE = re.compile(r"\s*")
-WAY_OUT = (
-    "give a template that does as model.chat_template, put {% generation %} marks in it, or set data.supervise=all"
-)
+WAY_OUT = "as model.chat_template give one that does, or one with {% generation %} marks; or set data.supervise=all"
 
 
 @dataclass(frozen=True)
@@ -66,17 +64,12 @@ class ChatTemplate:
         """Look at a tokenizer once.
 
         Raises:
-            UserError: it has no chat template, or is not a fast one, which alone tells where its tokens are.
+            UserError: it has no chat template.
         """
         if not tokenizer.chat_template:
             raise UserError(
                 "the tokenizer has no chat template, which conversations need; give a Jinja file as "
                 "model.chat_template, or a tokenizer that has one as model.tokenizer"
-            )
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"{type(tokenizer).__name__} does not tell where its tokens are; give a fast tokenizer (one with a "
-                "tokenizer.json) as model.tokenizer"
             )
         source = tokenizer.get_chat_template()
         if "strftime_now" in source and "date_string" not in source:
@@ -240,9 +233,21 @@ def _turn_span(
         at = WHITE_SPACE.match(text, start).end()
         if text.startswith(body, at):
             end = template.stop_after(text, at + len(body))
-            if end is not None:
+            if end is not None and not _is_next_header(template, conversation, turn, text[:end]):
                 return start, end
     return _span_in_closed_turn(template, conversation, turn, text, start)
+
+
+def _is_next_header(template: ChatTemplate, conversation: Conversation, turn: int, written: str) -> bool:
+    """Whether the special token at the end of `written` belongs to the message after the turn, not to the turn.
+
+    Only a last turn with other messages after it is looked at: where a later turn shows no stop token, it is refused.
+    """
+    if turn != conversation.assistant_turns()[-1] or turn + 1 == len(conversation.messages):
+        return False
+    until_turn = replace(conversation, messages=conversation.messages[: turn + 1])
+    closed = _rendered_or_none(template, until_turn, generation_prompt=False)
+    return closed is None or not closed.startswith(written)
 
 
 def _span_in_closed_turn(
@@ -261,6 +266,8 @@ def _span_in_closed_turn(
         )
     window = text[start : len(closed)]
     body = message["content"].strip()
+    if turn > 0 and not body and not message.get("tool_calls"):
+        return _span_of_empty_turn(template, conversation, turn, text, start)
     calls = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
     last_line = body.rsplit("\n", 1)[-1].strip()
     missing = [name for name in (last_line, *calls) if name not in window]
@@ -279,6 +286,26 @@ def _span_in_closed_turn(
     if end is None or len(closed) - len(window) + end <= start:
         refuse_without_stop(conversation, turn, window)
     return start, len(closed) - len(window) + end
+
+
+def _span_of_empty_turn(
+    template: ChatTemplate, conversation: Conversation, turn: int, text: str, start: int
+) -> tuple[int, int] | str:
+    """The span of a turn without content: what the template writes around a letter that stands in for it."""
+    messages = list(conversation.messages)
+    messages[turn] = {**messages[turn], "content": "x"}
+    filled = replace(conversation, messages=tuple(messages))
+    written = template.render([filled])[0]
+    span = _turn_span(template, filled, turn, written, text[:start])
+    if isinstance(span, str):
+        return span
+    before, _, stop = written[slice(*span)].rpartition("x")
+    around = before + conversation.messages[turn]["content"] + stop
+    if not text.startswith(around, start):
+        around = before + stop
+    if not text.startswith(around, start):
+        return "it writes a turn without content in a way of its own"
+    return start, start + len(around)
 
 
 def _spans_from_marks(

@@ -1,0 +1,187 @@
+"""Where the supervised characters are in what stock chat templates write."""
+
+from dataclasses import replace
+from datetime import date
+
+import pytest
+
+from src.chat import ChatTemplate, supervised_spans
+from src.formats import Conversation
+from tests.toy_tokenizer import CHATML, FAMILIES, family_tokenizer, toy_tokenizer
+from utils.errors import UserError
+
+# Templates that write an answer right after their generation prompt, with the stop token that their makers publish.
+PLAIN = {
+    "HuggingFaceTB-SmolLM3-3B": "<|im_end|>",
+    "Qwen-Qwen2.5-7B-Instruct": "<|im_end|>",
+    "google-gemma-2-2b-it": "<end_of_turn>",
+    "meta-llama-Llama-3.1-8B-Instruct": "<|eot_id|>",
+    "meta-llama-Llama-3.2-3B-Instruct": "<|eot_id|>",
+    "microsoft-Phi-3.5-mini-instruct": "<|end|>",
+    "mistralai-Mistral-Nemo-Instruct-2407": "</s>",
+}
+TRIMMING = ("google-gemma-2-2b-it", "meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.2-3B-Instruct")
+
+
+def talk(*turns, **fields):
+    """A conversation of the turns, whose roles alternate from user on unless a turn is (role, content)."""
+    messages = []
+    for turn in turns:
+        role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
+        role, content = turn if isinstance(turn, tuple) else (role, turn)
+        messages.append({"role": role, "content": content})
+    return Conversation(tuple(messages), "rows.jsonl line 7", **fields)
+
+
+def supervised(tokenizer, conversation):
+    [chat] = supervised_spans(ChatTemplate.of(tokenizer), [conversation])
+    return [chat.text[start:end] for start, end in chat.spans]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_turn_is_supervised_with_its_stop_token_and_no_newline_after_it(name):
+    answers = supervised(family_tokenizer(name), talk("hi", "One.", "why?", "Two\n\nlines.", "so?", "3 😀 é"))
+    assert answers == [f"{content}{PLAIN[name]}" for content in ("One.", "Two\n\nlines.", "3 😀 é")]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_white_space_around_content_is_supervised_where_the_template_keeps_it(name):
+    [answer] = supervised(family_tokenizer(name), talk("hi", "  AAA  "))
+    assert answer == ("AAA" if name in TRIMMING else "  AAA  ") + PLAIN[name]
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("google-gemma-2-2b-it",)])
+def test_text_of_special_tokens_in_content_does_not_move_the_spans(name):
+    stop = PLAIN[name]
+    fake = f"say {stop}\n<|im_start|>assistant\nThe cat{stop}"
+    assert supervised(family_tokenizer(name), talk(fake, f"The cat{stop} no{stop}")) == [
+        f"The cat{stop} no{stop}{stop}"
+    ]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_an_empty_answer_is_its_stop_token(name):
+    assert supervised(family_tokenizer(name), talk("hi", "")) == [PLAIN[name]]
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceTB-SmolLM3-3B", "meta-llama-Llama-3.2-3B-Instruct"])
+def test_a_first_message_of_the_assistant_is_supervised(name):
+    stop = PLAIN[name]
+    answers = supervised(family_tokenizer(name), talk(("assistant", "Hello."), "hi", "Two."))
+    assert answers == [f"Hello.{stop}", f"Two.{stop}"]
+
+
+def test_system_messages_and_a_last_user_turn_are_not_supervised():
+    conversation = talk(("system", "Be brief."), ("user", "hi"), ("assistant", "One."), ("user", "bye"))
+    assert supervised(family_tokenizer("meta-llama-Llama-3.2-3B-Instruct"), conversation) == ["One.<|eot_id|>"]
+
+
+def test_what_the_template_puts_before_the_content_is_supervised_if_the_prompt_does_not_give_it():
+    think = "<think>\n\n</think>\n\n"
+    assert supervised(family_tokenizer("Qwen-Qwen3-0.6B"), talk("a", "One.", "b", "Two.")) == [
+        "One.<|im_end|>",
+        f"{think}Two.<|im_end|>",
+    ]
+    assert supervised(family_tokenizer("openai-gpt-oss-120b"), talk("a", "One.")) == [
+        "<|channel|>final<|message|>One.<|return|>"
+    ]
+    assert supervised(family_tokenizer("openai-gpt-oss-120b"), talk("a", "")) == [
+        "<|channel|>final<|message|><|return|>"
+    ]
+
+
+def test_tool_calls_are_supervised_and_tool_results_are_not():
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"city": "Oslo"}}}
+    messages = (
+        {"role": "user", "content": "How cold is Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": '{"degrees": 3}'},
+        {"role": "assistant", "content": "3 degrees."},
+    )
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "description": "a city"}}}
+    tool = {"type": "function", "function": {"name": "look_up", "description": "Weather", "parameters": parameters}}
+    conversation = Conversation(messages, "rows.jsonl line 1", tools=(tool,))
+    written = '\n<tool_call>\n{"name": "look_up", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+    # Qwen2.5's prompt ends with the newline that its calls begin with.
+    assert supervised(family_tokenizer("Qwen-Qwen2.5-7B-Instruct"), conversation) == [
+        written[1:],
+        "3 degrees.<|im_end|>",
+    ]
+    # Hermes writes a tool's result in two ways, as the last message and before another; so only the call can be told.
+    hermes = family_tokenizer("NousResearch-Hermes-3-Llama-3.1-8B-tool_use")
+    assert supervised(hermes, replace(conversation, messages=messages[:2])) == [written[1:]]
+    with pytest.raises(UserError, match="generation prompt is not what it writes before the turn"):
+        supervised(hermes, conversation)
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation", "reason"),
+    [
+        ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", talk("a", "One."), "generation prompt is not what it writes"),
+        (
+            "mistralai-Mistral-Nemo-Instruct-2407",
+            talk(("system", "S."), ("user", "a"), "b"),
+            "generation prompt is not",
+        ),
+        ("openai-gpt-oss-120b", talk("a", "One.", "b", "Two."), "in another way once more messages follow"),
+        ("Qwen-Qwen3-0.6B", talk("a", "<think>\nhm\n</think>\n\nOne.", "b", "c"), "in another way once more messages"),
+        ("google-gemma-2-2b-it", talk(("system", "S."), ("user", "a"), "b"), "System role not supported"),
+    ],
+)
+def test_a_row_whose_turns_the_template_does_not_show_is_refused_by_name(name, conversation, reason):
+    with pytest.raises(UserError, match=rf"rows.jsonl line 7: .*{reason}.*model\.chat_template"):
+        supervised(family_tokenizer(name), conversation)
+
+
+def test_generation_marks_tell_the_spans_where_the_prompt_does_not():
+    marked = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
+        "{% generation %}{{ m['content'] }}MARK{% endgeneration %}STOP\n"
+        "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    outside = toy_tokenizer(marked.replace("MARK", "").replace("STOP", "<|im_end|>"))
+    inside = toy_tokenizer(marked.replace("MARK", "<|im_end|>").replace("STOP", ""))
+    for tokenizer in (outside, inside):
+        assert supervised(tokenizer, talk("a", "One.", "b", "the cat")) == ["One.<|im_end|>", "the cat<|im_end|>"]
+
+
+def test_a_template_without_a_stop_token_is_refused():
+    tokenizer = toy_tokenizer(CHATML.replace("'<|im_end|>\\n'", "'\\n'"))
+    with pytest.raises(UserError, match=r"writes no stop token.*'One\.\\n'.*never learns to stop"):
+        supervised(tokenizer, talk("a", "One."))
+    with pytest.raises(UserError, match="writes no stop token"):
+        supervised(tokenizer, talk("a", "One.", "the next message begins with a special token"))
+
+
+def test_a_stop_token_that_the_tokenizer_does_not_know_is_refused():
+    tokenizer = toy_tokenizer(CHATML, eos="</s>", special=())
+    with pytest.raises(UserError, match=r"no stop token.*model\.special_tokens, as in `eos_token: <\|im_end\|>`"):
+        supervised(tokenizer, talk("a", "One."))
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    with pytest.raises(UserError, match=r"no chat template.*model\.chat_template"):
+        ChatTemplate.of(toy_tokenizer(None))
+
+
+def test_llama_rows_do_not_change_with_the_calendar():
+    template = ChatTemplate.of(family_tokenizer("meta-llama-Llama-3.2-3B-Instruct"))
+    [text] = template.render([talk("a", "One.")])
+    assert "Today Date: 26 Jul 2024\n" in text
+    assert date.today().strftime("%d %b %Y") not in text
+
+
+def test_a_template_that_always_writes_the_date_is_told_of(caplog):
+    ChatTemplate.of(family_tokenizer("openai-gpt-oss-120b"))
+    assert "writes today's date into every row" in caplog.text
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "Hermes" not in name])
+def test_a_batch_renders_as_its_rows_do_alone(name):
+    tokenizer = family_tokenizer(name)
+    rows = [talk("a", "One."), talk("b?", "Two."), talk("c", "Three.")]
+    alone = [
+        tokenizer.apply_chat_template(list(row.messages), tokenize=False, date_string="26 Jul 2024") for row in rows
+    ]
+    assert ChatTemplate.of(tokenizer).render(rows) == alone
