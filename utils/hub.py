@@ -30,6 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from utils.errors import UserError
+from utils.launch import is_main_process
 from utils.logging import get_logger
 from utils.redaction import DATA_SUFFIXES, public_record, redact
 
@@ -153,7 +154,7 @@ def check_access(repo_id: str, *, private: bool, create: bool = True) -> HubAcce
     if private and not info.private:
         raise UserError(
             f"{repo_id} is public, and hub.private=True; make it private in its settings at {api.endpoint}/{repo_id}"
-            "/settings, choose another hub.repo_id, or publish the result with hub.private=False"
+            "/settings, choose another hub.repo_id, or publish with hub.private=False (push_to_hub.py: --public)"
         )
     if info.private and not private:
         log.warning("%s is private and stays so, whatever hub.private says; its settings can publish it", repo_id)
@@ -289,13 +290,19 @@ def _public_lines(path: Path) -> bytes:
     return (json.dumps(public_record(json.loads(text)), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _stale_files(repo_id: str, files: list[HubFile]) -> list[str]:
+def stale_files(repo_id: str, files: list[HubFile]) -> list[str]:
     """Paths in the repository that would be loaded in place of `files`, such as a shard of an earlier, larger model.
 
     Raises:
-        HTTP_ERROR: the Hub cannot be reached, or answers with an error.
+        UserError: the Hub cannot be reached, or answers with an error.
     """
-    present = set(HfApi(token=True).list_repo_files(repo_id))
+    api = HfApi(token=True)
+    with _explained(api, f"listing the files of {repo_id}"):
+        return _stale(api, repo_id, files)
+
+
+def _stale(api: HfApi, repo_id: str, files: list[HubFile]) -> list[str]:
+    present = set(api.list_repo_files(repo_id))
     return sorted(path for path in present - {file.path for file in files} if _matches(path, STALE))
 
 
@@ -315,7 +322,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool, message: str, card
     Raises:
         UserError: the push failed; says why, where the model stands, and the command that pushes it again.
     """
-    assert os.environ.get("RANK", "0") == "0", "only the main process pushes"
+    assert is_main_process(), "only the main process pushes"
     files = files_to_push(folder, card=card)
     try:
         access = check_access(repo_id, private=private)
@@ -338,7 +345,7 @@ def _commit(repo_id: str, files: list[HubFile], message: str) -> str:
     api = HfApi(token=True)
     for wait_s in (*_WAITS_S, None):
         try:
-            stale = _stale_files(repo_id, files)
+            stale = _stale(api, repo_id, files)
             operations = [CommitOperationAdd(file.path, file.content) for file in files]
             operations += [CommitOperationDelete(path) for path in stale]
             for path in stale:

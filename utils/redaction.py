@@ -34,7 +34,7 @@ def public_record(content: Any) -> Any:
     """A JSON value as it may be published: no secret in any string, of a local path no more than its last part, and of
     a data file's path its name alone."""
     if isinstance(content, dict):
-        return {key: public_record(value) for key, value in content.items()}
+        return {public_record(key): public_record(value) for key, value in content.items()}
     if isinstance(content, list):
         return [public_record(value) for value in content]
     if not isinstance(content, str):
