@@ -199,6 +199,9 @@ def _adapter(adapter: AdapterConfig) -> Iterator[str]:
     if adapter.kind == "none" and changed:
         names = ", ".join(f"adapter.{name}" for name in changed)
         yield f"{names} given with adapter.kind=none, which has no adapter; give adapter.kind=lora, or leave them out"
+    if "all-linear" in adapter.target_modules and len(adapter.target_modules) > 1:
+        targets = ", ".join(adapter.target_modules)
+        yield f"adapter.target_modules={targets} names all-linear beside others; keep all-linear alone, or the others"
 
 
 def _data(config: RunConfig) -> Iterator[str]:

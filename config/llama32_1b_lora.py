@@ -1,4 +1,4 @@
-"""Llama-3.2-1B-Instruct with LoRA on every projection: one GPU of 12 GB or more. The checkpoint is gated: accept its
+"""Llama-3.2-1B-Instruct with LoRA on every projection, on one GPU. The checkpoint is gated: accept its
 license on the Hub and run `hf auth login` first.
 
 accelerate launch train.py --config config/llama32_1b_lora.py

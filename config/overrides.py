@@ -78,6 +78,7 @@ def parse_arguments(
                 use_underscores=True,
                 add_help=False,
                 return_unknown_args=True,
+                config=() if flags else (tyro.conf.FlagConversionOff,),
                 registry=TYPES,
             )
     except SystemExit as error:

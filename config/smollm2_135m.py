@@ -1,4 +1,4 @@
-"""SmolLM2-135M, every weight, on short chats: one GPU of 16 GB or more.
+"""SmolLM2-135M, every weight, on short chats, on one GPU.
 
 accelerate launch train.py --config config/smollm2_135m.py
 """

@@ -233,8 +233,8 @@ def did_you_mean(name: str) -> str:
     by_leaf: dict[str, str] = {}
     for candidate in names:
         by_leaf.setdefault(candidate.rpartition(".")[2], candidate)
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.75)
-    close_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.7)
+    close_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
     found = by_leaf.get(leaf) or (close[0] if close else by_leaf[close_leaf[0]] if close_leaf else None)
     if found is None:
         return HELP_HINT
