@@ -53,12 +53,15 @@ class Run:
 
     def export(self, trainer: Trainer) -> None:
         """Write the model or adapter with its tokenizer to `model/`, whole or not at all; every process calls this."""
-        if not trainer.args.should_save:
-            trainer.save_model(str(self.path / "model"))  # takes part in the gathering of a sharded model
+        # A sharded model is gathered on the main process, to which every process contributes.
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        if not is_main_process():
             return
+        model = trainer.accelerator.unwrap_model(trainer.model)
         with whole_folder(self.path / "model") as folder:
-            trainer.save_model(str(folder))
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody who loads the model needs
+            model.save_pretrained(folder, state_dict=weights)
+            trainer.processing_class.save_pretrained(folder)
 
     def conclude(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int]) -> None:
         """Write result.json and the model card, and say what came of the run.
