@@ -1,0 +1,118 @@
+"""Token rows: which tokens of a row are supervised, and the checks that a row passes."""
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from src.formats import TextRow
+from src.tokenization import IGNORED, RowEncoder
+from tests.test_chat import PLAIN, talk
+from tests.toy_tokenizer import CHATML, FAMILIES, family_tokenizer, shared_file, toy_tokenizer
+from utils.errors import UserError
+
+
+def supervised_runs(tokenizer, row):
+    """The text of each run of supervised tokens."""
+    runs, run = [], []
+    for token, label in zip([*row.input_ids, 0], [*row.labels, IGNORED], strict=True):
+        if label != IGNORED:
+            assert label == token
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    return runs
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_supervised_tokens_read_as_the_answers_with_their_stop_tokens(name):
+    tokenizer = family_tokenizer(name)
+    conversation = talk("hi there", "The cat.", "why?", "Two\n\nlines 😀 日本 é")
+    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([conversation])
+    assert supervised_runs(tokenizer, row) == [f"The cat.{PLAIN[name]}", f"Two\n\nlines 😀 日本 é{PLAIN[name]}"]
+    assert row.labels[0] == IGNORED
+    assert row.supervised_tokens() == sum(label != IGNORED for label in row.labels)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "Hermes" not in name])
+def test_ids_are_those_of_apply_chat_template_with_bos_once(name):
+    tokenizer = family_tokenizer(name)
+    conversation = talk("hi there", "The cat.")
+    [row] = RowEncoder.of(tokenizer, "all").encode_conversations([conversation])
+    served = tokenizer.apply_chat_template(list(conversation.messages), return_dict=True, date_string="26 Jul 2024")
+    assert row.input_ids == served["input_ids"]
+    assert row.labels == [IGNORED, *row.input_ids[1:]]
+    if "bos_token" in tokenizer.chat_template:  # the others' templates write none
+        assert row.input_ids.count(tokenizer.bos_token_id) == 1
+        assert row.input_ids[0] == tokenizer.bos_token_id
+
+
+def test_a_tokenizer_that_adds_bos_itself_does_not_double_the_templates_bos():
+    tokenizer = toy_tokenizer("{{ bos_token }}" + CHATML, bos="<s>", adds_bos=True)
+    assert tokenizer("hi")["input_ids"][0] == tokenizer.bos_token_id
+    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("a", "b")])
+    assert row.input_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_that_writes_bos_twice_is_refused():
+    tokenizer = toy_tokenizer("{{ bos_token + bos_token }}" + CHATML, bos="<s>")
+    with pytest.raises(UserError, match=r"line 7: the chat template writes <s> twice at the start"):
+        RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("a", "b")])
+
+
+def test_white_space_that_joins_the_templates_own_is_left_out_and_counted():
+    tokenizer = toy_tokenizer(merges_from="\n\n")  # a token of two newlines, across the prompt's end
+    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("a", "\n\nOne.")])
+    assert supervised_runs(tokenizer, row) == ["\nOne.<|im_end|>"]
+    assert row.joined_turns == 1
+
+
+def test_supervise_all_needs_no_visible_turns_but_a_last_stop_token():
+    encoder = RowEncoder.of(family_tokenizer("deepseek-ai-DeepSeek-R1-Distill-Llama-8B"), "all")
+    [row] = encoder.encode_conversations([talk("a", "One.")])
+    assert row.supervised_tokens() == len(row.input_ids) - 1
+    unstopped = RowEncoder.of(toy_tokenizer(CHATML, eos="</s>", special=()), "all")
+    with pytest.raises(UserError, match="writes no stop token"):
+        unstopped.encode_conversations([talk("a", "One.")])
+
+
+def test_text_that_the_tokenizer_composes_is_supervised_all_the_same():
+    tokenizer = AutoTokenizer.from_pretrained(shared_file("tokenizers/qwen2"))  # normalizes to NFC
+    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("a", "cafe\u0301 😀")])
+    assert supervised_runs(tokenizer, row) == ["caf\u00e9 😀<|im_end|>"]
+
+
+def test_a_tokenizer_that_trims_offsets_gets_the_same_labels():
+    plain, trimming = toy_tokenizer(), toy_tokenizer()
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    rows = [
+        RowEncoder.of(each, "assistant").encode_conversations([talk("a", "  b  ")])[0] for each in (plain, trimming)
+    ]
+    assert rows[0] == rows[1]
+    assert supervised_runs(plain, rows[1]) == ["  b  <|im_end|>"]
+
+
+def test_a_text_is_bos_text_eos_with_all_but_its_first_token_supervised():
+    tokenizer = toy_tokenizer(None, bos="<s>", eos="</s>", adds_bos=True)
+    [row] = RowEncoder.of(tokenizer, "assistant", chat=False).encode_texts([TextRow("abc", "f")], 64)
+    body = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    assert row.input_ids == [tokenizer.bos_token_id, *body, tokenizer.eos_token_id]
+    assert row.labels == [IGNORED, *body, tokenizer.eos_token_id]
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none_before_a_text():
+    tokenizer = toy_tokenizer(None, bos="<s>", eos="</s>")
+    [row] = RowEncoder.of(tokenizer, "assistant", chat=False).encode_texts([TextRow("abc", "f")], 64)
+    assert tokenizer.bos_token_id not in row.input_ids
+
+
+@pytest.mark.parametrize(("letters", "pieces"), [(6, 1), (7, 1), (8, 2), (14, 2), (15, 3)])
+def test_a_long_text_is_cut_into_pieces_that_lose_no_token_and_end_once(letters, pieces):
+    tokenizer = toy_tokenizer(None, bos="<s>", eos="</s>", adds_bos=True, merges_from="x")
+    text = "abcdefghijklmno"[:letters]  # a token a letter, 7 a piece after BOS
+    rows = RowEncoder.of(tokenizer, "assistant", chat=False).encode_texts([TextRow(text, "f")], 8)
+    assert len(rows) == pieces
+    assert all(len(row.input_ids) <= 8 and row.input_ids[0] == tokenizer.bos_token_id for row in rows)
+    read = "".join(tokenizer.decode(row.input_ids[1:]) for row in rows)
+    assert read == text + ("</s>" if letters % 7 else "")
+    assert [row.piece for row in rows] == list(range(pieces))
