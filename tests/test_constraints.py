@@ -1,0 +1,121 @@
+import shlex
+
+import pytest
+import yaml
+
+from config.constraints import ConfigError, check_constraints
+from config.overrides import override
+from config.validation import to_config
+
+VALID = """
+model:
+  path: someone/model
+data:
+  train:
+    - path: rows.jsonl
+  eval:
+    - path: someone/rows
+      split: test
+"""
+NO_EVAL = "model: {path: a/b}\ndata: {train: [{path: x.jsonl}]}\n"
+NEW = """
+model:
+  architecture: {model_type: llama, max_position_embeddings: 512, hidden_size: 64, num_attention_heads: 8}
+  tokenizer: tokens.json
+data: {train: [{path: x.jsonl}], max_length: 512}
+"""
+
+
+def check(text, options):
+    """Check a recipe's text with options in place."""
+    check_constraints(override(to_config(yaml.safe_load(text)), shlex.split(options)))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "parts"),
+    [
+        ("data: {train: [{path: x.jsonl}]}", "", ["model.path and model.architecture are both left out"]),
+        (NEW, "--model.path a/b", ["model.path=a/b and model.architecture exclude each other"]),
+        (NEW, "--model.revision v1", ["model.revision=v1", "model.path"]),
+        (VALID, "--model.path /models/x --model.revision v1", ["model.revision=v1", "model.path=/models/x"]),
+        ("model: {architecture: {x: 1}, tokenizer: t}\ndata: {train: [{path: x.txt}]}", "", ["model_type"]),
+        (NEW, "--model.tokenizer None", ["model.architecture needs model.tokenizer"]),
+        (NEW, "--data.max_length 513", ["data.max_length=513", "max_position_embeddings=512"]),
+        (NEW, "--model.architecture.hidden_size 65", ["hidden_size=65", "num_attention_heads=8"]),
+        (NEW, "--model.architecture.num_key_value_heads 3", ["num_attention_heads=8", "num_key_value_heads=3"]),
+        (NEW, "--model.quantization nf4 --adapter.kind lora", ["model.quantization=nf4", "model.architecture"]),
+        (VALID, "--model.quantization nf4", ["model.quantization=nf4", "adapter.kind=none"]),
+        (VALID, "--model.quantization int8 --adapter.kind lora --model.dtype float64", ["int8", "model.dtype=float64"]),
+        (VALID, "--adapter.rank 8 --adapter.rslora True", ["adapter.rank, adapter.rslora", "adapter.kind=none"]),
+        (VALID, "--adapter.target_modules q_proj", ["adapter.target_modules", "adapter.kind=none"]),
+        (VALID, "--adapter.kind lora --adapter.target_modules all-linear q_proj", ["adapter.target_modules"]),
+        (VALID, "--model.dtype float16", ["model.dtype=float16", "adapter.kind=none", "training.precision=fp16"]),
+        (
+            VALID,
+            "--model.dtype bfloat16 --training.precision fp16",
+            ["training.precision=fp16", "model.dtype=bfloat16"],
+        ),
+        (VALID, "--model.dtype float64 --training.precision bf16", ["training.precision=bf16", "model.dtype=float64"]),
+        (
+            VALID,
+            "--model.attention flash_attention_2 --training.precision float32",
+            ["model.attention=flash_attention_2", "training.precision=float32"],
+        ),
+        (
+            VALID,
+            "--optim.warmup_steps 1 --optim.warmup_fraction 0.1",
+            ["optim.warmup_steps=1", "optim.warmup_fraction"],
+        ),
+        (
+            VALID,
+            "--optim.warmup_steps 300 --training.max_steps 300",
+            ["optim.warmup_steps=300", "training.max_steps=300"],
+        ),
+        (VALID, "--optim.name sgd --optim.beta2 0.9", ["optim.beta2", "optim.name=sgd"]),
+        (VALID, "--data.eval_fraction 0.1", ["data.eval", "data.eval_fraction=0.1"]),
+        ("model: {path: a/b}", "", ["data.train is empty"]),
+        (VALID, "--data.train.1.max_rows 3", ["data.train.1.path is empty"]),
+        (VALID, "--data.train.0.subset x", ["data.train.0.subset=x", "data.train.0.path=rows.jsonl"]),
+        (VALID, "--data.train.0.revision x", ["data.train.0.revision=x", "a local file"]),
+        (VALID, "--data.train.0.split test", ["data.train.0.split=test", "a local file"]),
+        (NO_EVAL, "--evaluation.exact_match True", ["evaluation.exact_match", "data.eval"]),
+        (NO_EVAL, "--evaluation.every_steps 5", ["evaluation.every_steps=5", "data.eval_fraction"]),
+        (VALID, "--hub.repo_id name", ["hub.repo_id=name", "owner/name"]),
+        (VALID, "--tracking.project x", ["tracking.project=x", "tracking.report_to"]),
+        (VALID, "--tracking.report_to wandb wandb", ["tracking.report_to=wandb, wandb"]),
+        (VALID, "--hub.license=", ["hub.license is empty"]),
+        (VALID, "--optim.learning_rate inf", ["optim.learning_rate=inf"]),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(text, options, parts):
+    with pytest.raises(ConfigError) as caught:
+        check(text, options)
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == []
+    assert "problems" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (VALID, ""),
+        (NEW, ""),
+        (NO_EVAL, "--data.eval_fraction 0.1 --evaluation.exact_match True --evaluation.every_steps 5"),
+        (VALID, "--optim.warmup_steps 299 --training.max_steps 300"),
+        (VALID, "--model.quantization nf4 --adapter.kind lora --adapter.rank 8 --model.dtype bfloat16"),
+        (VALID, "--model.dtype float16 --adapter.kind lora --training.precision fp16"),
+        (VALID, "--model.dtype float64 --training.precision float32"),
+        (VALID, "--model.revision v1 --hub.repo_id me/x --hub.license mit"),
+        (VALID, "--tracking.report_to wandb --tracking.project x"),
+        (VALID, "--data.eval [] --data.eval_fraction 0.1"),
+    ],
+)
+def test_fields_that_fit_each_other_are_accepted(text, options):
+    check(text, options)
+
+
+def test_all_broken_constraints_are_listed():
+    with pytest.raises(ConfigError) as caught:
+        check(VALID, "--adapter.rank 8 --hub.repo_id x --data.eval_fraction 0.1")
+    assert "3 problems" in str(caught.value)
+    assert len(caught.value.problems) == 3
