@@ -1,0 +1,34 @@
+"""The embedded default's model learns new facts with LoRA: the machines of a team's cluster. Train config/smol.py first.
+
+accelerate launch train.py --config config/smol_lora.py
+"""
+
+from config.schema import (
+    AdapterConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    OutputConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+
+config = RunConfig(
+    model=ModelConfig(path="outputs/smol/model"),
+    adapter=AdapterConfig(kind="lora"),
+    data=DataConfig(
+        train=(SourceConfig(path="config/data/smol_lora_train.jsonl"),),
+        eval=(SourceConfig(path="config/data/smol_lora_eval.jsonl"),),
+        max_length=256,
+    ),
+    optim=OptimConfig(learning_rate=2e-3, warmup_fraction=0.05),
+    training=TrainingConfig(
+        # 4 packs x 256 length x 1 accumulation x 1 device = 1,024 tokens/step
+        micro_batch_rows=4,
+        epochs=10,
+    ),
+    evaluation=EvaluationConfig(exact_match=True),
+    output=OutputConfig(name="smol_lora"),
+)
