@@ -238,10 +238,20 @@ CASES = [
     for optimizer, rate in (("sgd", 0.1), ("adamw_torch_fused", 1e-3))
     for packing in (False, True)
 ]
+
+
+class ForgetsProcesses(SFTTrainer):
+    """The fault that only two processes show: gradients are averaged over them, and the loss is not multiplied."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss / self.accelerator.num_processes
+
+
 LAUNCHED = """
 import os, sys, torch
 sys.path[:0] = [{root!r}]
-from tests.test_trainer import CASES, train, tiny_model, uneven_rows, weights_of
+from tests.test_trainer import CASES, ForgetsProcesses, train, tiny_model, uneven_rows, weights_of
 world, folder = int(os.environ["WORLD_SIZE"]), {folder!r}
 results = []
 for dtype, optimizer, rate, packing in CASES:
@@ -251,6 +261,9 @@ for dtype, optimizer, rate, packing in CASES:
     assert trainer.args.world_size == world
     weights = weights_of(trainer.accelerator.unwrap_model(trainer.model))
     results.append((losses, weights, trainer.evaluate()["eval_loss"]))
+train.__globals__["SFTTrainer"] = ForgetsProcesses
+trainer, losses = train(folder, tiny_model(), uneven_rows(45), micro=2, accumulation=4 // world)
+results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
 if trainer.args.process_index == 0:
     torch.save(results, f"{{folder}}/{{world}}.pt")
 """
@@ -263,7 +276,10 @@ def test_two_processes_train_as_one(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         done = subprocess.run([*command, str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    results = zip(CASES, torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt"), strict=True)
+    one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
+    (_, weights, _), (_, other_weights, _) = one.pop(), two.pop()
+    assert ((weights - other_weights).norm() / weights.norm()).item() > 1e-4, "a wrong scale must be seen"
+    results = zip(CASES, one, two, strict=True)
     for (dtype, *_), (losses, weights, eval_loss), (other_losses, other_weights, other_eval_loss) in results:
         bound = {"float32": 1e-6, "float64": 1e-12}[dtype]
         assert len(losses) == 10
