@@ -44,8 +44,7 @@ class ModelConfig:
     """Number format the weights are held in. `auto`: float32 where all weights train, else the checkpoint's own."""
 
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Attention implementation, by its transformers name. `auto`: the fastest that is installed and keeps documents
-    apart."""
+    """Attention implementation, by its transformers name. `auto`: transformers' own choice, `sdpa` for most models."""
 
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     """bitsandbytes format of the frozen weights: 4-bit (`nf4`, `fp4`) or 8-bit (`int8`). Needs an adapter."""
