@@ -125,7 +125,8 @@ class HubServer:
         return {path: file.read_bytes() for path, file in self.repos[repo_type, repo_id].commits[-1][1].items()}
 
     def fail(self, method: str, path_part: str, status: int, times: int = 1, **headers: str) -> None:
-        """Answer the next `times` requests whose path holds `path_part` with `status`."""
+        """Answer the next `times` requests whose path holds `path_part` with `status`; 0: do what they ask, and hang up
+        without an answer."""
         self.failures += [(method, path_part, status, headers)] * times
 
     def writes(self) -> list[str]:
@@ -195,12 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._answer()
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def _answer(self) -> None:
-        self.body = self._read_body()
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         user = None
@@ -213,6 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = json.dumps({"error": str(error)}).encode()
         with self.hub.lock:
             self.hub.requests.append(Request(self.command, url.path, status, user.name if user else None))
+        if self.hangs_up:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)
@@ -220,22 +219,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _fail_if_asked(self, path: str) -> None:
         with self.hub.lock:
             due = [failure for failure in self.hub.failures if failure[0] == self.command and failure[1] in path]
             if due:
                 self.hub.failures.remove(due[0])
-                raise ApiError(due[0][2], "told to fail", **due[0][3])
+        self.hangs_up = bool(due) and due[0][2] == 0
+        if due and not self.hangs_up:
+            raise ApiError(due[0][2], "told to fail", **due[0][3])
 
     def _authenticated(self) -> User | None:
         given = self.headers.get("Authorization")
@@ -304,14 +297,13 @@ class _Handler(BaseHTTPRequestHandler):
         return {**own, **state, "siblings": siblings, "lastModified": _TIME, "createdAt": _TIME}
 
     def tree(self, kind: str, repo: str, revision: str, folder: str = "") -> list[dict[str, Any]]:
-        recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
+        recursive = self.query.get("recursive") in (["true"], ["True"])
         return _tree(self._repo(repo, kind).at(revision)[1], folder, recursive)
 
     def paths_info(self, kind: str, repo: str, revision: str) -> list[dict[str, Any]]:
         is_json = self.headers.get("Content-Type", "").startswith("application/json")
         asked = json.loads(self.body)["paths"] if is_json else parse_qs(self.body.decode())["paths"]
-        rows = _tree(self._repo(repo, kind).at(revision)[1], "", recursive=True)
-        return [row for row in rows if row["path"] in asked]
+        return [row for row in _tree(self._repo(repo, kind).at(revision)[1], "", True) if row["path"] in asked]
 
     def validate_yaml(self) -> tuple[int, dict[str, str], bytes]:
         errors = [{"message": error} for error in _metadata_errors(json.loads(self.body)["content"])]

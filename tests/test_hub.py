@@ -244,6 +244,20 @@ def test_a_push_outlives_a_passing_fault(hub, finished, method, path, status, he
     assert "model.safetensors" in hub.files("me/tiny")
 
 
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, finished, tmp_path):
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "pytorch_model.bin").write_bytes(b"old")
+    hub.add_repo("me/tiny", tmp_path / "earlier", private=True)
+    hub.fail("POST", "/commit/main", 0)
+    done = push(hub, finished, "--repo-id", "me/tiny")
+    assert done.returncode == 0, done.stderr
+    assert "trying again" in done.stderr
+    commits = hub.repos["model", "me/tiny"].commits
+    assert len(commits) == 2
+    assert done.stdout.strip().endswith(commits[-1][0])
+    assert "pytorch_model.bin" not in hub.files("me/tiny")
+
+
 def test_a_failed_push_says_where_the_model_stands_and_how_to_push_it_again(hub, finished):
     hub.fail("POST", "/commit/main", 403)
     done = push(hub, finished, "--repo-id", "me/tiny")
@@ -318,6 +332,7 @@ def test_a_path_that_exists_where_the_run_was_started_is_no_hub_id(finished):
         assert not is_hub_id(path, launched_in), path
 
 
+@pytest.mark.slow
 def test_data_sets_load_from_the_local_server(hub, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
