@@ -66,6 +66,8 @@ def compare(source: Checkpoint, written: Checkpoint) -> dict[str, Any]:
     difference, largest = 0.0, 0.0
     for row in _rows(source):
         expected, found = source.logits(row), written.logits(row)
+        if not expected.isfinite().all():
+            raise CertificateError("the source's own logits are not finite; its weights are damaged")
         difference = max(difference, float((expected - found).abs().max()))
         largest = max(largest, float(expected.abs().max()))
     if not difference <= RELATIVE_TOLERANCE * largest:

@@ -7,18 +7,18 @@ Weights are written a shard of at most 1 GiB at a time, so a model larger than m
 """
 
 import functools
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, LlamaArchitecture, TokenizerFiles
+from src.checkpoints.json_files import read_json_object
 from src.checkpoints.pieces import ScoredPieces
 from utils.errors import UserError
 from utils.files import write_json
@@ -56,10 +56,7 @@ _TOKENIZER_FILES = (
 
 def recognises(path: Path) -> bool:
     """Whether `path` is a folder with a config.json that names a model type."""
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    return (path / "config.json").is_file() and "model_type" in read_json_object(path / "config.json")
 
 
 def read(path: Path, tokenizer: Path | None) -> Checkpoint:
@@ -72,9 +69,7 @@ def read(path: Path, tokenizer: Path | None) -> Checkpoint:
     files = _safetensors_files(path)
     tensors: dict[str, LazyTensor] = {}
     for file in files:
-        with safe_open(file, "pt") as content:
-            for name in content.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensors[name] = _lazy(file, name, content.get_slice(name))
+        tensors |= _lazy_tensors(file)
     if architecture.tie_word_embeddings and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight").load()
         if not torch.equal(head, tensors["model.embed_tokens.weight"].load()):
@@ -98,9 +93,7 @@ def read(path: Path, tokenizer: Path | None) -> Checkpoint:
 
 
 def _read_architecture(path: Path) -> tuple[LlamaArchitecture, LlamaConfig]:
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; name a folder with a Hugging Face checkpoint")
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    raw = read_json_object(path / "config.json")
     if raw.get("model_type") != "llama":
         raise UserError(f"{path}: model_type={raw.get('model_type')}; only llama can be converted")
     unknown = raw.keys() - set(_FIELDS) - _WITHOUT_EFFECT - {"rope_theta", "rope_scaling"}
@@ -113,13 +106,23 @@ def _read_architecture(path: Path) -> tuple[LlamaArchitecture, LlamaConfig]:
 
 def _safetensors_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
-        names = set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json_object(path / _INDEX)["weight_map"].values())
         files = [path / name for name in sorted(names)]
     else:
         files = [path / _WEIGHTS]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{path} lacks {missing}; give a folder with all of its safetensors files")
     return files
+
+
+def _lazy_tensors(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, without the rotary frequencies that early Llama checkpoints store."""
+    try:
+        with safe_open(file, "pt") as content:
+            names = [name for name in content.keys() if not name.endswith(".rotary_emb.inv_freq")]  # noqa: SIM118
+            return {name: _lazy(file, name, content.get_slice(name)) for name in names}
+    except SafetensorError as error:
+        raise UserError(f"{file} is no whole safetensors file ({error}); fetch it again") from error
 
 
 def _lazy(file: Path, name: str, piece: "safe_open") -> LazyTensor:
@@ -153,7 +156,8 @@ def _evaluation(folder: Path) -> Callable[[Sequence[int]], torch.Tensor]:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-        faults = {name: keys for name, keys in report.items() if keys}
+        # Tensors beyond the architecture's were refused or left out on purpose when the folder was read.
+        faults = {name: keys for name, keys in report.items() if keys and name != "unexpected_keys"}
         assert not faults, f"transformers did not load {folder} as it is: {faults}"
         return loaded.eval()
 
@@ -167,7 +171,7 @@ def _evaluation(folder: Path) -> Callable[[Sequence[int]], torch.Tensor]:
 def _tokenization(folder: Path) -> Callable[[str], list[int]]:
     """AutoTokenizer's ids; the tokenizer is loaded at the first call."""
     tokenizer = functools.cache(lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    return lambda text: tokenizer()(text).input_ids
+    return lambda text: tokenizer()(text, verbose=False).input_ids  # quiet about texts beyond the context
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
@@ -215,8 +219,8 @@ def _write_tensors(checkpoint: Checkpoint, folder: Path) -> None:
 def _write_pieces(pieces: ScoredPieces, generation: Generation, context: int, folder: Path) -> None:
     """Write tokenizer.json and its config.
 
-    The class is PreTrainedTokenizerFast, which takes tokenizer.json as it stands; LlamaTokenizer would replace its
-    normalizer by one that drops the added space of a text that begins with a space.
+    The class is PreTrainedTokenizerFast, which takes tokenizer.json as it stands, its begin token in front included;
+    LlamaTokenizer would replace its normalizer by one that drops the added space of a text that begins with a space.
     """
     pieces.to_tokenizer().save(str(folder / "tokenizer.json"))
     names = {"bos": pieces.bos_id, "eos": pieces.eos_id, "unk": pieces.unk_id, "pad": generation.pad_token_id}
@@ -225,8 +229,6 @@ def _write_pieces(pieces: ScoredPieces, generation: Generation, context: int, fo
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{f"{name}_token": pieces.pieces[index] for name, index in names.items() if index is not None},
-            "add_bos_token": True,
-            "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": context,
         },

@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
+from src.checkpoints.json_files import read_json_object
 from utils.errors import UserError
 
 SPACE = "▁"  # SentencePiece's mark of a space (U+2581)
@@ -124,7 +125,7 @@ def pieces_of_tokenizer(path: Path) -> ScoredPieces:
     Raises:
         UserError: a part of the tokenizer is beyond scored pieces; the part is named.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json_object(path)
     model = content["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise UserError(
