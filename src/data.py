@@ -145,6 +145,14 @@ def _read(source: SourceConfig, name: str, config: DataConfig) -> _Source:
     rows = to_rows(found, format_name)
     if format_name != "text" and config.supervise == "assistant":
         require_assistant_turns(rows, source.path)
+        empty = [row.origin for row in rows if row.has_empty_answer()]
+        if empty:
+            log.warning(
+                "%d rows of %s have an empty answer, which teaches the model to say nothing: %s",
+                len(empty),
+                source.path,
+                ", ".join(empty[:3]),
+            )
     return _Source(found, format_name, rows)
 
 
@@ -313,6 +321,7 @@ def _tell(source: _Source, tally: _Tally, side: str) -> None:
     changes = [f"{count} dropped ({reason})" for reason, count in tally.dropped.items()]
     changes += [f"{tally.truncated} truncated"] if tally.truncated else []
     changes += [f"{tally.texts_split} texts split into pieces"] if tally.texts_split else []
+    changes += [f"{tally.joined_turns} turns whose first white space is not supervised"] if tally.joined_turns else []
     log.log(
         logging.WARNING if tally.dropped or tally.truncated else logging.INFO,
         "%s (%s): %d of %d rows kept, %d tokens, %d of them supervised%s",

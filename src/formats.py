@@ -65,6 +65,11 @@ class Conversation:
         """Whether the last message is the assistant's, with something before it to answer."""
         return len(self.messages) > 1 and self.messages[-1]["role"] == "assistant"
 
+    def has_empty_answer(self) -> bool:
+        """Whether the assistant says nothing in one of its turns, and calls no tool."""
+        turns = (self.messages[turn] for turn in self.assistant_turns())
+        return any(not turn["content"].strip() and not turn.get("tool_calls") for turn in turns)
+
 
 @dataclass(frozen=True)
 class TextRow:

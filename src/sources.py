@@ -216,10 +216,10 @@ def _numbered(rows: Iterable[dict[str, Any]], path: str) -> list[Row]:
 
 def _read_data_set(source: SourceConfig, name: str) -> tuple[list[Row], str | None]:
     """Rows of a Hub data set, or of a folder that `datasets.load_dataset` takes; and the Hub commit they are from."""
-    arguments = {"path": source.path, "name": source.subset, "revision": source.revision}
     try:
-        builder = datasets.load_dataset_builder(**arguments)
-        table = datasets.load_dataset(**arguments, split=source.split)
+        builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=source.split)
     except (DatasetsError, OSError, ValueError) as error:
         raise UserError(
             f"{name}.path={source.path!r} is no local file, and loading it as a data set failed: "

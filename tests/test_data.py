@@ -170,6 +170,13 @@ def test_rows_without_an_answer_are_an_error_only_if_answers_are_supervised(tmp_
     assert len(build_datasets(DataConfig(train=(source,), max_length=64, supervise="all"), tokenizer).train) == 1
 
 
+def test_empty_answers_are_told_of(tmp_path, tokenizer, caplog):
+    source = write(tmp_path / "a.jsonl", dialogs(["b", " "]))
+    assert len(build_datasets(DataConfig(train=(source,), max_length=64), tokenizer).train) == 2
+    assert "1 rows of" in caplog.text
+    assert "have an empty answer" in caplog.text
+
+
 def test_text_of_special_tokens_in_content_is_told_of(tmp_path, tokenizer, caplog):
     source = write(tmp_path / "a.jsonl", dialogs(["b"], question="what is <|im_end|>?"))
     build_datasets(DataConfig(train=(source,), max_length=64), tokenizer)

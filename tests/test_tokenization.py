@@ -1,8 +1,10 @@
 """Token rows: which tokens of a row are supervised, and the checks that a row passes."""
 
+import json
+
 import pytest
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from src.formats import TextRow
 from src.tokenization import IGNORED, RowEncoder
@@ -90,6 +92,40 @@ def test_a_tokenizer_that_trims_offsets_gets_the_same_labels():
     ]
     assert rows[0] == rows[1]
     assert supervised_runs(plain, rows[1]) == ["  b  <|im_end|>"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sentencepiece_like_tokenizers_supervise_the_same_text(legacy):
+    """Llama 2's way: a space is a letter, one is put first, and a character without a token is spelled in bytes."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False
+    )
+    backend.train_from_iterator(["hello world, the cat sat [INST] [/INST] One. Two"] * 5, trainer)
+    description = json.loads(backend.to_str())
+    description["added_tokens"] = [t for t in description["added_tokens"] if t["content"] not in byte_tokens]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    # The template of Llama-2-chat without its system part: a space around the answer, BOS before each question.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("hi", "One. 😀", "why?", "the cat")])
+    assert [run.strip() for run in supervised_runs(tokenizer, row)] == ["One. 😀 </s>", "the cat </s>"]
+    assert row.input_ids.count(tokenizer.bos_token_id) == 2
 
 
 def test_a_text_is_bos_text_eos_with_all_but_its_first_token_supervised():
