@@ -121,7 +121,8 @@ def write_run(
     }
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content))
-    (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 5.5}\n{"step": 40, "loss": 0.25}\n')
+    lines = [{"step": 1, "loss": 5.5}, {"step": 40, "loss": 0.25, "checkpoint": f"{HOME}/tiny/checkpoint-40"}]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return directory
 
 

@@ -121,7 +121,7 @@ def test_the_token_is_in_no_output_and_no_file(hub, finished, tmp_path):
         (["--repo-id", "me/debugged"], {"HF_DEBUG": "1"}),
         (["--repo-id", "you/tiny"], {}),
         (["--repo-id", "me/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}),
-        (["--repo-id", "me/tiny"], {"token": TOKEN + "\x01" + TOKEN}),
+        (["--repo-id", "me/tiny"], {"token": TOKEN + "\v" + TOKEN}),
         (["--repo-id", "me/tiny"], {"token": TOKEN + "x"}),
     ]:
         done = push(hub, finished, *arguments, **settings)
