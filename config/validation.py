@@ -222,13 +222,14 @@ def _names(section: Any, prefix: str) -> Iterator[str]:
 
 
 def did_you_mean(name: str) -> str:
-    """A question with the nearest field's name, for a name that is no field; where none is near, how to list them.
+    """A question with the nearest field's name, for a name that is no field; where none is near, those to choose from.
 
     A field of the same last part in another section is nearer than one that is spelled alike.
     """
     index = re.search(r"\.(\d+)(?=\.|$)", name)
     given = re.sub(r"\.\d+(?=\.|$)", ".N", name)
-    names = [*field_names(), *(part.name for part in dataclasses.fields(RunConfig))]
+    sections = [part.name for part in dataclasses.fields(RunConfig)]
+    names = [*field_names(), *(() if "." in given else sections)]
     leaf = given.rpartition(".")[2]
     by_leaf: dict[str, str] = {}
     for candidate in names:
@@ -237,5 +238,10 @@ def did_you_mean(name: str) -> str:
     close_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
     found = by_leaf.get(leaf) or (close[0] if close else by_leaf[close_leaf[0]] if close_leaf else None)
     if found is None:
-        return HELP_HINT
+        parent = field_type(name.split(".")[:-1])
+        return (
+            f"{name.rpartition('.')[0]} is {describe(parent)}"
+            if "." in name and dataclasses.is_dataclass(parent)
+            else HELP_HINT
+        )
     return f"did you mean {found.replace('.N', '.' + (index[1] if index else '0'))}?"

@@ -104,6 +104,7 @@ def test_options_set_keys_of_an_architecture(tmp_path):
         ("--optim.lerning_rate 3", ["--optim.lerning_rate is no option; did you mean --optim.learning_rate?"]),
         ("--learning-rate 3", ["--learning-rate is no option; did you mean --optim.learning_rate?"]),
         ("--data.train.0.pth x", ["did you mean --data.train.0.path?"]),
+        ("--optim.lr 3", ["--optim.lr is no option; optim is a section with name, learning_rate, schedule"]),
         ("--zzz", ["--zzz is no option", "--help"]),
         ("--optim.learning_rate abc", ["--optim.learning_rate was given abc; it takes a number"]),
         ("--optim.learning_rate", ["was given nothing; it takes a number"]),
