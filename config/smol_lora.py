@@ -1,4 +1,4 @@
-"""The embedded default's model learns new facts with LoRA: the machines of a team's cluster. Train config/smol.py first.
+"""The embedded default, then new facts with LoRA: the machines of a team's cluster. Train config/smol.py first.
 
 accelerate launch train.py --config config/smol_lora.py
 """
