@@ -2,8 +2,8 @@
 
 python scripts/convert_checkpoint.py model.bin --tokenizer tokenizer.bin --to hf outputs/model
 
-Exit codes: 0 the folder stands; 1 the result does not do what the source does; 2 a mistake in what was asked for, or files
-that cannot be read or written. After 1 and 2 no folder was written.
+Exit codes: 0 the folder stands; 1 the result does not do what the source does; 2 a mistake in what was asked for, or
+files that cannot be read or written. After 1 and 2 no folder was written.
 """
 
 import argparse

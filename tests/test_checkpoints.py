@@ -22,6 +22,7 @@ from src.checkpoints import hf, llama2c
 from src.checkpoints.certificate import CertificateError, compare
 from src.checkpoints.convert import convert
 from src.checkpoints.llama2c_tokenizer import read_pieces
+from src.checkpoints.pieces import pieces_of_tokenizer
 from tests import llama2c_reference as reference
 from utils.errors import UserError
 
@@ -194,14 +195,17 @@ def test_loaded_tokenizer_of_stories_gives_the_ids_of_run_c(stories):
 
 
 @pytest.mark.skipif(not (DATA / "tokenizers/llama2").is_dir(), reason="../shared/data/tokenizers/llama2 is absent")
-def test_llama_2_pieces_give_the_ids_of_llama_cpp():
+def test_llama_2_pieces_give_the_ids_of_llama_cpp(tmp_path):
     tokenizer = read_pieces(DATA / "tokenizers" / "llama2" / "tokenizer.bin", 32000).to_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    recovered = pieces_of_tokenizer(tmp_path / "tokenizer.json")  # its scores are new, its ids must not be
     vectors = DATA / "tokenizer_vectors"
     texts = (vectors / "ggml-vocab-llama-spm.gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     lines = (vectors / "ggml-vocab-llama-spm.gguf.out").read_text(encoding="utf-8").split("\n")
     assert len(texts) == len(lines) == 47
     for text, line in zip(texts, lines, strict=True):
-        assert tokenizer.encode(text, add_special_tokens=False).ids == [int(token) for token in line.split()], text
+        expected = [int(token) for token in line.split()]
+        assert tokenizer.encode(text, add_special_tokens=False).ids == recovered.encode(text)[1:] == expected, text
 
 
 @needs_stories

@@ -3,7 +3,8 @@
     write(checkpoint, Path("outputs/stories260K"))
     AutoModelForCausalLM.from_pretrained("outputs/stories260K")
 
-Weights are written a shard of at most 1 GiB at a time, so a model larger than memory can be written.
+Weights are written a shard of at most 1 GiB at a time, so a model larger than memory can be written; the check
+afterwards holds it once, in float32.
 """
 
 import functools
@@ -209,8 +210,12 @@ def _write_tensors(checkpoint: Checkpoint, folder: Path) -> None:
     }
     split = split_torch_state_dict_into_shards(outlines, max_shard_size=SHARD_BYTES)
     for filename, names in split.filename_to_tensors.items():
-        shard = {name: checkpoint.tensors[name].load().contiguous() for name in names}
-        save_file(shard, folder / filename, metadata={"format": "pt"})
+        # No name holds the shard, which would keep it in memory while the next one is read.
+        save_file(
+            {name: checkpoint.tensors[name].load().contiguous() for name in names},
+            folder / filename,
+            metadata={"format": "pt"},
+        )
         (folder / filename).chmod(0o644)  # safetensors makes files that only their owner may read
     if split.is_sharded:
         write_json(folder / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
