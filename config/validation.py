@@ -230,18 +230,18 @@ def did_you_mean(name: str) -> str:
     given = re.sub(r"\.\d+(?=\.|$)", ".N", name)
     sections = [part.name for part in dataclasses.fields(RunConfig)]
     names = [*field_names(), *(() if "." in given else sections)]
-    leaf = given.rpartition(".")[2]
-    by_leaf: dict[str, str] = {}
-    for candidate in names:
-        by_leaf.setdefault(candidate.rpartition(".")[2], candidate)
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.7)
-    close_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
-    found = by_leaf.get(leaf) or (close[0] if close else by_leaf[close_leaf[0]] if close_leaf else None)
-    if found is None:
-        parent = field_type(name.split(".")[:-1])
-        return (
-            f"{name.rpartition('.')[0]} is {describe(parent)}"
-            if "." in name and dataclasses.is_dataclass(parent)
-            else HELP_HINT
-        )
+    parent, _, leaf = given.rpartition(".")
+    siblings = {own.rpartition(".")[2]: own for own in names if own.rpartition(".")[0] == parent}
+    leaves = {own.rpartition(".")[2]: own for own in reversed(names)}
+    same = [own for own in names if own.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    anywhere = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    if same:
+        found = max(same, key=lambda own: difflib.SequenceMatcher(None, own, given).ratio())
+    elif close or anywhere:
+        found = siblings[close[0]] if close else leaves[anywhere[0]]
+    else:
+        section = field_type(name.split(".")[:-1])
+        is_section = "." in name and dataclasses.is_dataclass(section)
+        return f"{name.rpartition('.')[0]} is {describe(section)}" if is_section else HELP_HINT
     return f"did you mean {found.replace('.N', '.' + (index[1] if index else '0'))}?"

@@ -184,7 +184,5 @@ def test_cpu_launch_file_starts_two_processes_that_add_up(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
-        "rank 0 of 2: 3",
-        "rank 1 of 2: 3",
-    ]
+    # Two processes write to one pipe, so that their lines may run into each other.
+    assert sorted(re.findall(r"rank \d of 2: 3", done.stdout)) == ["rank 0 of 2: 3", "rank 1 of 2: 3"]
