@@ -318,7 +318,7 @@ def _results(run: _Run) -> str:
     if after.get("answers"):
         lines += [f"Exact match is the share of {after['answers']:,} greedy answers that equal the reference."]
     losses = [run.result.get("first_loss"), run.result.get("last_loss")]
-    if None not in losses:
+    if None not in losses and losses[0] != losses[1]:
         lines += [f"Training loss, first and last logged: {losses[0]:.4f} and {losses[1]:.4f}."]
     facts = [f"{run.result[key]:,} {key}" for key in ("tokens", "seconds") if run.result.get(key) is not None]
     if facts:
