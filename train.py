@@ -21,6 +21,7 @@ log = get_logger("train")
 def train(command: CommandLine) -> None:
     """Recipe -> run -> data -> model -> trainer -> result -> Hub."""
     # torch and its company take seconds to import: only once the recipe is known to be right.
+    from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
     from src.adapters import add_adapter, count_parameters
@@ -30,11 +31,12 @@ def train(command: CommandLine) -> None:
     from src.packing import PackedRows
     from src.run import open_run, publish
     from src.trainer import SFTTrainer, training_arguments
-    from utils.distributed import check_world
+    from utils.distributed import check_launch, check_world
     from utils.hub import check_access
     from utils.reproducibility import environment
 
     disable_progress_bar()
+    check_launch()
     started, config = time.perf_counter(), command.config
     run = open_run(config.output, resume=command.resume)
     if config.hub.repo_id and is_main_process():
@@ -48,6 +50,7 @@ def train(command: CommandLine) -> None:
         run_name=config.output.name,
         evaluates=bool(config.data.eval or config.data.eval_fraction),
         autocasts=config.model.dtype not in ("float64", "float16"),
+        resumes=run.checkpoint is not None,
     )
     check_world(args.world_size)
     log.info("%d process(es) on %s; the run is written to %s", args.world_size, args.device.type, run.path)
@@ -57,6 +60,7 @@ def train(command: CommandLine) -> None:
     data = build_datasets(config.data, tokenizer, context_length=context_length(settings))
     train_packs = PackedRows.of(data.train, config.data)
     eval_packs = PackedRows.of(data.eval, config.data) if data.eval else None
+    set_seed(config.training.seed)
     model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.kind == "none")
     model = add_adapter(model, config.adapter)
     parameters = count_parameters(model)

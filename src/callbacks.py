@@ -3,8 +3,10 @@
 callbacks = [Progress(), MetricsFile(run / "metrics.jsonl")]
 """
 
+import itertools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,11 @@ class Progress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each logged step to a file, as a line of JSON; a resumed run first cuts what it will do again."""
+    """Appends each logged step to a file, as a line of JSON; a resumed run first cuts what it will do again.
+
+    That is what comes after its checkpoint's step, and from the line that sums a whole training up: it was written
+    after the last checkpoint.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,12 +89,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _is_until(line, state.global_step)]
-        if kept != lines:
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
+        if state.is_world_process_zero:
+            _cut(self.path, lambda record: record["step"] > state.global_step or "train_runtime" in record)
 
     def on_log(
         self,
@@ -107,12 +109,17 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(record) + "\n")
 
 
-def _is_until(line: str, step: int) -> bool:
-    """Whether a line of metrics is whole and of a step that stands."""
-    try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:  # the line that a killed run was writing
-        return False
+def _cut(path: Path, is_past: Callable[[dict[str, Any]], bool]) -> None:
+    """Remove the lines of a file of JSON lines from the first that is past the point that a run goes on from.
+
+    Args:
+        path: a file that need not exist; a last line that is not whole, as a killed run was writing it, goes too.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    whole_lines = text.split("\n")[:-1]  # str.splitlines would also split at line separators within an answer
+    kept = itertools.takewhile(lambda line: not is_past(json.loads(line)), whole_lines)
+    if (rest := "".join(f"{line}\n" for line in kept)) != text:
+        write_text(path, rest)
 
 
 class Answers(TrainerCallback):
@@ -160,6 +167,7 @@ class Answers(TrainerCallback):
                 "step %d/%d  exact match %.3f of %d answers", state.global_step, state.max_steps, exact, len(answers)
             )
             self.metrics.add({"step": state.global_step, "eval_exact_match": exact, "eval_answers": len(answers)})
+        _cut(self.samples, lambda record: record["step"] >= state.global_step)  # of this run, before it was resumed
         with open(self.samples, "a", encoding="utf-8") as file:
             for answer in answers[: self.evaluation.samples]:
                 log.info("  Q: %s\n  A: %s", answer.prompt, answer.answer)

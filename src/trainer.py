@@ -58,6 +58,7 @@ def training_arguments(
     run_name: str = "run",
     evaluates: bool = False,
     autocasts: bool = True,
+    resumes: bool = False,
 ) -> TrainingArguments:
     """Trainer's arguments for a run; making them joins the process group of a distributed launch.
 
@@ -66,6 +67,7 @@ def training_arguments(
         run_name: what trackers call the run.
         evaluates: whether there are evaluation rows.
         autocasts: whether `training.precision` applies; false for weights that are held in float64 or float16.
+        resumes: whether the run goes on from a checkpoint, and so is not evaluated before its first step.
     Raises:
         UserError: the precision is not to be had on this machine, or a tracker is not installed.
     """
@@ -108,7 +110,7 @@ def training_arguments(
         save_steps=training.save_every_steps or 500,
         eval_strategy="steps" if evaluates and evaluation.every_steps else "no",
         eval_steps=evaluation.every_steps,
-        eval_on_start=evaluates,
+        eval_on_start=evaluates and not resumes,
         per_device_eval_batch_size=evaluation.micro_batch_rows,
         label_names=["labels"],
         remove_unused_columns=False,
@@ -206,6 +208,8 @@ class SFTTrainer(Trainer):
         if packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             with self.accelerator.autocast():
                 check_documents_apart(self.accelerator.unwrap_model(self.model))
+        if self.args.should_save:
+            self.checkpoints.discard_unfinished()
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -48,6 +48,10 @@ class CheckpointWriter:
         self.keep = keep
         self.staging = run / ".checkpoint"
 
+    def discard_unfinished(self) -> None:
+        """Remove what a run left that was killed while it wrote a checkpoint; the main process alone calls this."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
     @contextlib.contextmanager
     def writing(self, step: int, *, main: bool) -> Iterator[None]:
         """Let the block write `staging`/checkpoint-`step`, then put it in its place.

@@ -1,7 +1,11 @@
 """Which processes and devices a run has.
 
+check_launch()
+args = TrainingArguments(...)  # joins the group of processes
 check_world(processes=args.world_size)
 """
+
+import os
 
 import torch
 
@@ -12,6 +16,21 @@ from utils.launch import processes_started
 def accelerator_name() -> str:
     """The device type that trains: `cuda`, `mps`, `xpu` ..., or `cpu` where there is none."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def check_launch() -> None:
+    """Make sure that a process which is told that it is one of several is told how to find the others.
+
+    Raises:
+        UserError: WORLD_SIZE is above 1 and another variable that launchers set beside it is not there.
+    """
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if processes_started() > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE={processes_started()} is set, as a launcher of several processes does, but not "
+            f"{', '.join(missing)}; start them with `accelerate launch --config_file config/accelerate/ddp.yaml "
+            "train.py ...`, or unset WORLD_SIZE to train with this process alone"
+        )
 
 
 def check_world(processes: int) -> None:

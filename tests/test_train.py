@@ -1,0 +1,342 @@
+"""train.py as its user runs it: what a run leaves behind, and what resuming, or more processes, must not change."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny_run import (
+    ARCHITECTURE,
+    ROOT,
+    chat_rows,
+    from_checkpoint,
+    metrics_of,
+    run_train,
+    weights_of,
+    without_timings,
+    write_checkpoint,
+    write_recipe,
+    write_rows,
+)
+from tests.toy_tokenizer import CHATML
+from utils.distributed import check_world
+from utils.errors import UserError
+
+RECORD = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "result.json", "README.md")
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    """The directory of a run of four steps from random weights, with exact match."""
+    folder = tmp_path_factory.mktemp("full")
+    done = run_train("--config", write_recipe(folder, evaluation={"exact_match": True}))
+    assert done.code == 0, done.stderr
+    return folder / "outputs" / "run"
+
+
+def test_a_run_directory_holds_its_whole_record(full_run):
+    names = {path.name for path in full_run.iterdir()}
+    assert names == {*RECORD, "checkpoint-2", "checkpoint-4", "model"}
+    config = json.loads((full_run / "config.json").read_text())
+    assert config["training"]["max_steps"] == 4
+    assert config["model"]["architecture"]["hidden_size"] == 32
+    assert json.loads((full_run / "environment.json").read_text())["packages"]["torch"]
+    data = json.loads((full_run / "data.json").read_text())
+    assert data["train"]["rows_kept"] == 20
+    assert data["eval"]["rows_kept"] == 4
+    result = json.loads((full_run / "result.json").read_text())
+    metrics = metrics_of(full_run)
+    assert result["steps"] == 4
+    assert result["parameters"]["total"] == sum(tensor.numel() for tensor in weights_of(full_run / "model").values())
+    assert result["after"]["loss"] == [line["eval_loss"] for line in metrics if "eval_loss" in line][-1]
+    assert result["after"]["loss"] < result["before"]["loss"]
+    assert result["after"]["answers"] == 4
+    samples = [json.loads(line) for line in (full_run / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in samples] == [(0, "count to 0 from 0"), (4, "count to 0 from 0")]
+
+
+def test_metrics_have_a_line_a_step_with_finite_figures(full_run):
+    lines = [line for line in metrics_of(full_run) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert math.isfinite(line["loss"])
+        assert line["grad_norm"] > 0
+        assert line["tokens_per_second"] > line["supervised_tokens_per_second"] > 0
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_result_loads_with_its_chat_template(full_run):
+    model = AutoModelForCausalLM.from_pretrained(full_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(full_run / "model")
+    saved = weights_of(full_run / "model")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
+    assert tokenizer.chat_template == CHATML
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|pad|>")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert len(tokenizer) <= model.get_input_embeddings().weight.shape[0]
+
+
+def test_generate_answers_from_the_result(full_run):
+    command = [sys.executable, "scripts/generate.py", str(full_run / "model"), "--prompt", "count to 1 from 0"]
+    done = subprocess.run(
+        [*command, "--max_new_tokens", "4"], cwd=ROOT, capture_output=True, text=True, errors="replace"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_an_adapter_loads_beside_the_model_it_was_trained_from(full_run, tmp_path):
+    recipe = write_recipe(tmp_path, model=from_checkpoint(full_run / "model"), adapter={"kind": "lora", "rank": 2})
+    done = run_train("--config", recipe)
+    assert done.code == 0, done.stderr
+    folder = tmp_path / "outputs" / "run" / "model"
+    assert not (folder / "model.safetensors").exists()
+    peft_model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(full_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == CHATML
+    ids = tokenizer("count to 3", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        tuned = peft_model(ids).logits
+        assert torch.equal(plain(ids).logits, tuned)
+        assert not torch.allclose(base(ids).logits, tuned, atol=1e-4)
+    learned = weights_of(folder)
+    assert all(tensor.abs().max() > 0 for name, tensor in learned.items() if "lora_B" in name)
+
+
+def test_a_run_without_evaluation_rows_ends_well(tmp_path):
+    done = run_train("--config", write_recipe(tmp_path, data={"eval": None}, training={"max_steps": 1}))
+    assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "outputs" / "run" / "result.json").read_text())["after"] == {}
+
+
+def test_new_weights_depend_on_the_seed_alone(tmp_path):
+    # With a rate this small the result holds the weights that the run began with.
+    recipe = write_recipe(
+        tmp_path,
+        data={"eval": None},
+        optim={"learning_rate": 1e-30},
+        training={"max_steps": 1, "save_every_steps": None},
+    )
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(3)  # what ran before in this process must not matter
+        done = run_train("--config", recipe, "--training.seed", str(seed), "--output.name", name)
+        assert done.code == 0, done.stderr
+    first, same, other = (weights_of(tmp_path / "outputs" / name / "model") for name in "abc")
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+# --resume
+
+
+def two_epochs(folder, kind, **sections):
+    """A recipe of two epochs of three steps with dropout, whose checkpoints 2 and 4 lie within an epoch each."""
+    training = {
+        "max_steps": None,
+        "epochs": 2.0,
+        "micro_batch_rows": 2,
+        "accumulation_steps": 2,
+        "keep_checkpoints": 9,
+        **sections.pop("training", {}),
+    }
+    if kind == "full":
+        changes = {"model": {"architecture": ARCHITECTURE | {"attention_dropout": 0.1}}}
+    else:
+        changes = {
+            "model": from_checkpoint(write_checkpoint(folder / "base")),
+            "adapter": {"kind": "lora", "rank": 2, "dropout": 0.1},
+        }
+    return write_recipe(
+        folder, training=training, evaluation={"every_steps": 4, "exact_match": True}, **changes, **sections
+    )
+
+
+def stop_after(run: Path, step: int) -> None:
+    """Take from a run's directory what it would not have, had it been killed soon after a checkpoint."""
+    for checkpoint in run.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(run / "model")
+    for name in ("result.json", "README.md"):
+        (run / name).unlink()
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Both directories hold the same weights, bit for bit, and the same metrics and samples."""
+    weights, other_weights = weights_of(run / "model"), weights_of(other / "model")
+    assert weights.keys() == other_weights.keys()
+    assert [name for name in weights if not torch.equal(weights[name], other_weights[name])] == []
+
+    def lines(folder):
+        # The training's own summary, of train_runtime, is of the steps since the resume.
+        return [line for line in without_timings(metrics_of(folder)) if "train_loss" not in line]
+
+    assert lines(run) == lines(other)
+    assert (run / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, kind):
+    recipe, run, whole = two_epochs(tmp_path, kind), tmp_path / "outputs" / "run", tmp_path / "whole"
+    done = run_train("--config", recipe)
+    assert done.code == 0, done.stderr
+    assert [line["epoch"] for line in metrics_of(run) if "loss" in line][-1] == 2.0
+    shutil.copytree(run, whole)
+    for step in (4, 2, 6):
+        stop_after(run, step)
+        done = run_train("--config", recipe, "--resume")
+        assert done.code == 0, done.stderr
+        assert f"step {step}/6  loss" not in done.stderr
+        assert step == 6 or f"step {step + 1}/6  loss" in done.stderr
+        assert_same_run(run, whole)
+    # The comparison sees dropout that draws other numbers after a resume.
+    stop_after(run, 4)
+    (run / "checkpoint-4" / "rng_state.pth").unlink()
+    assert run_train("--config", recipe, "--resume").code == 0
+    weights, others = weights_of(run / "model"), weights_of(whole / "model")
+    assert any(not torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_mid_epoch_goes_on_as_if_it_was_not(tmp_path):
+    recipe = two_epochs(tmp_path, "full", training={"epochs": 6.0, "save_every_steps": 4, "keep_checkpoints": 2})
+    run = tmp_path / "outputs" / "run"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, "train.py", "--config", str(recipe)], cwd=ROOT, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while not (run / "checkpoint-4").exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (run / "model").exists()
+    done = run_train("--config", recipe, "--resume")
+    assert done.code == 0, done.stderr
+    assert len(list(run.glob("checkpoint-*"))) == 2
+    done = run_train("--config", recipe, "--output.name", "whole")
+    assert done.code == 0, done.stderr
+    assert_same_run(run, tmp_path / "outputs" / "whole")
+
+
+def test_a_half_written_checkpoint_is_ignored_and_leaves_nothing(tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "outputs" / "run"
+    assert run_train("--config", recipe).code == 0
+    stop_after(run, 2)
+    half = run / ".checkpoint" / "checkpoint-4"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    (half / "left_over.bin").write_bytes(b"half")
+    done = run_train("--config", recipe, "--resume")
+    assert done.code == 0, done.stderr
+    assert "step 3/4" in done.stderr
+    assert {path.name for path in run.iterdir()} == {*RECORD, "checkpoint-2", "checkpoint-4", "model"}
+    assert not (run / "checkpoint-4" / "left_over.bin").exists()
+    assert AutoModelForCausalLM.from_pretrained(run / "checkpoint-4")
+
+
+def test_starting_over_a_run_is_refused_with_both_ways_out(full_run):
+    before = sorted((path, path.stat().st_mtime_ns) for path in full_run.rglob("*"))
+    done = run_train("--config", full_run.parents[1] / "recipe.yaml")
+    assert done.code == 2
+    assert f"{full_run} holds a run already" in done.stderr
+    assert "--resume" in done.stderr
+    assert "--output.name" in done.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in full_run.rglob("*")) == before
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
+    done = run_train("--config", write_recipe(tmp_path), "--resume")
+    assert done.code == 2
+    assert f"--resume found no complete checkpoint in {tmp_path / 'outputs' / 'run'}" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_resuming_names_each_changed_setting(tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "outputs" / "run"
+    assert run_train("--config", recipe).code == 0
+    stop_after(run, 2)
+    done = run_train("--config", recipe, "--resume", "--optim.learning_rate", "1e-3", "--evaluation.samples", "2")
+    assert done.code == 0, done.stderr
+    assert "warning: optim.learning_rate was 0.003 when this run started and is 0.001 now" in done.stderr
+    assert "warning: evaluation.samples was 1 when this run started and is 2 now" in done.stderr
+    assert done.stderr.count("when this run started") == 2
+
+
+# Several processes
+
+
+def launch(*arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """`accelerate launch` with two processes, as the README has it for a machine without a GPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config/accelerate/ddp_cpu.yaml"]
+    command += ["--main_process_port", "0", "train.py", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, errors="replace", env={**os.environ, **(environment or {})}
+    )
+
+
+def test_two_launched_processes_end_with_the_weights_of_one(tmp_path):
+    recipe = write_recipe(
+        tmp_path,
+        evaluation={"exact_match": True, "samples": 1},  # fewer questions than processes, then an odd number of them
+        data={"eval": [{"path": str(write_rows(tmp_path / "three.jsonl", chat_rows()[:3]))}]},
+        training={"micro_batch_rows": 2, "accumulation_steps": 2, "max_steps": 5, "save_every_steps": 2},
+    )
+    done = run_train("--config", recipe, "--output.name", "one")
+    assert done.code == 0, done.stderr
+    launched = launch("--config", recipe, "--output.name", "two", "--training.accumulation_steps", "1")
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stderr.count("2 process(es) on cpu") == 1
+    one, two = tmp_path / "outputs" / "one", tmp_path / "outputs" / "two"
+    weights, other = weights_of(one / "model"), weights_of(two / "model")
+    difference = sum(((weights[name] - other[name]).double() ** 2).sum() for name in weights) ** 0.5
+    # float32 sums in another order: a rounding or two of 6e-8 a step, over five steps.
+    assert difference / sum((tensor.double() ** 2).sum() for tensor in weights.values()) ** 0.5 <= 1e-6
+    for line, other_line in zip(metrics_of(one), metrics_of(two), strict=True):
+        names = {"step", "loss", "eval_loss", "eval_exact_match", "eval_answers", "tokens"} & line.keys()
+        assert {name: line[name] for name in names} == pytest.approx({name: other_line[name] for name in names})
+    samples = [(one / "samples.jsonl").read_text(), (two / "samples.jsonl").read_text()]
+    assert samples[0] == samples[1]
+    assert json.loads((two / "environment.json").read_text())["world_size"] == 2
+    assert len(list(two.glob("checkpoint-*"))) == 2
+
+
+def test_a_launched_run_says_first_what_is_wrong_with_its_recipe(tmp_path):
+    done = launch("--config", write_recipe(tmp_path), "--optim.learning_rat", "1e-3")
+    assert done.returncode != 0
+    first = next(line for line in done.stderr.splitlines() if line.strip())
+    assert first.startswith("error: ")
+    assert "learning_rat" in first
+    assert 'train.py", line' not in done.stderr  # the launcher may show its own frames, but none of ours
+    assert done.stderr.count("error: ") == 1
+
+
+def test_a_world_without_a_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a leftover of a batch system, say
+    monkeypatch.setenv("RANK", "0")
+    done = run_train("--config", write_recipe(tmp_path))
+    assert done.code == 2
+    assert "WORLD_SIZE=2 is set" in done.stderr
+    assert "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in done.stderr
+    assert "accelerate launch --config_file config/accelerate/ddp.yaml" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_processes_that_believe_they_are_alone_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"started 2 processes \(WORLD_SIZE\), but each believes in 1"):
+        check_world(processes=1)
+    check_world(processes=2)
