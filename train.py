@@ -27,7 +27,7 @@ def train(command: CommandLine) -> None:
     from src.adapters import add_adapter, count_parameters
     from src.callbacks import Answers, MetricsFile, Progress
     from src.data import build_datasets
-    from src.model import context_length, load_model, load_settings, load_tokenizer
+    from src.model import context_length, load_model, load_settings, load_tokenizer, recompute_activations
     from src.packing import PackedRows
     from src.run import open_run, publish
     from src.trainer import SFTTrainer, training_arguments
@@ -40,7 +40,7 @@ def train(command: CommandLine) -> None:
     started, config = time.perf_counter(), command.config
     run = open_run(config.output, resume=command.resume)
     if config.hub.repo_id and is_main_process():
-        check_access(config.hub.repo_id, private=config.hub.private)
+        check_access(config.hub.repo_id, private=config.hub.private, create=False)
     args = training_arguments(
         run.path,
         config.optim,
@@ -62,7 +62,9 @@ def train(command: CommandLine) -> None:
     eval_packs = PackedRows.of(data.eval, config.data) if data.eval else None
     set_seed(config.training.seed)
     model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.kind == "none")
-    model = add_adapter(model, config.adapter)
+    if config.training.gradient_checkpointing:
+        recompute_activations(model)
+    model = add_adapter(model, config.adapter, revision=config.model.revision)
     parameters = count_parameters(model)
     log.info("%s parameters, of which %s train", f"{parameters['total']:,}", f"{parameters['trainable']:,}")
 
@@ -77,6 +79,8 @@ def train(command: CommandLine) -> None:
         keep_checkpoints=config.training.keep_checkpoints,
         callbacks=[Progress(), metrics, answers],
     )
+    if config.hub.repo_id and is_main_process():
+        check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
     run.warn_of_changes(to_dict(config))
     run.record("config.json", to_dict(config))
     run.record("environment.json", environment(Path(__file__).parent))

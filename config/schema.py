@@ -2,8 +2,8 @@
 
 Each field's default is written here and nowhere else. The docstring under a field gives its meaning, unit and range,
 and what None means; the same text is what `python train.py --help` prints. Ranges stand in the field's metadata under
-pydantic's names (gt, ge, lt, le, min_length), where `config.loader` enforces them; pairs of fields that exclude each
-other are in `config.constraints`. Only the standard library is imported.
+pydantic's names (gt, ge, lt, le, min_length), where `config.validation` enforces them; pairs of fields that exclude
+each other are in `config.constraints`. Only the standard library is imported.
 
     config = RunConfig(model=ModelConfig(path="meta-llama/Llama-3.2-1B"), adapter=AdapterConfig(kind="lora"))
 """
@@ -252,7 +252,7 @@ class HubConfig:
     """Repository to push to after training, as `owner/name`. None: nothing is pushed."""
 
     private: bool = True
-    """Whether a repository that has to be created is private."""
+    """Whether the repository is private: a new one is made so, and an existing public one is refused."""
 
     license: str | None = None
     """License of the result in its model card, by the Hub's name for it, such as `apache-2.0`. None: not stated."""

@@ -14,9 +14,13 @@ from utils.logging import get_logger
 log = get_logger(__name__)
 
 
-def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedModel | PeftModel:
+def add_adapter(
+    model: PreTrainedModel, config: AdapterConfig, *, revision: str | None = None
+) -> PreTrainedModel | PeftModel:
     """Freeze the model and put an adapter beside it, or leave it to train whole.
 
+    Args:
+        revision: of the base on the Hub, which the adapter names so that it finds the same one again.
     Raises:
         UserError: a pattern of `target_modules` or `modules_to_save` matches no module.
     """
@@ -32,6 +36,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedMode
         target_modules=targets,
         modules_to_save=list(config.modules_to_save) or None,
         use_rslora=config.rslora,
+        revision=revision,
     )
     return get_peft_model(model, settings)
 

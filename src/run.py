@@ -152,5 +152,7 @@ def publish(run: Run, config: HubConfig) -> None:
     Raises:
         UserError: the push failed; it says where the result stands and how to push it again.
     """
+    if config.license is None:
+        log.warning("the model card states no license; name it with hub.license before the model is made public")
     url = push_folder(run.path, config.repo_id, private=config.private, message=f"Upload {run.path.name}")
     log.info("pushed to %s", url)
