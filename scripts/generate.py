@@ -33,9 +33,11 @@ def main() -> int:
     set_up_logging()
     arguments = parse_arguments()
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from src.generation import generate, load_for_generation, render_prompt
 
+    disable_progress_bar()
     try:
         model, tokenizer = load_for_generation(arguments.model)
         prompts = arguments.prompt
