@@ -1,0 +1,541 @@
+"""What the other tests show on a CPU holds on a GPU, in float32 and under bf16 autocast, with its kernels.
+
+pytest -m gpu tests/test_gpu.py                       on a machine with a CUDA device
+GPU_TESTS_ON_CPU=1 pytest -m gpu tests/test_gpu.py    the same checks on a CPU, but for those of GPU memory
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from torch.nn import functional
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from config.schema import (
+    AdapterConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from src.adapters import add_adapter
+from src.attention import check_documents_apart
+from src.loss import supervised_nll
+from src.model import load_model, load_settings, recompute_activations
+from src.packing import IGNORED, PackCollator, PackedRows
+from src.trainer import SFTTrainer, training_arguments
+from utils.distributed import accelerator_name
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device(accelerator_name())
+VOCABULARY, LENGTH = 256, 192
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not HAS_GPU and "GPU_TESTS_ON_CPU" not in os.environ,
+        reason="needs a CUDA device; with GPU_TESTS_ON_CPU=1 the same checks run on the CPU",
+    ),
+]
+
+# Largest relative error of a loss and of the norm of a gradient, against float64 on the CPU. float32 has 24 bits, of
+# which sums over a few hundred terms leave 1e-6. bf16 has 8, so that a product is off by up to 4e-3; over layers the
+# errors of a gradient add up to some 1e-2, and those of a loss, a mean over tokens, cancel out.
+BOUNDS = {"float32": (1e-5, 1e-5), "bf16": (1e-3, 5e-2)}
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    """No TF32: its products have 11 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def small_model(*, attention="sdpa", seed=0, **settings):
+    """Heads of 64, which every attention kernel takes, and weights large enough that attention matters."""
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "initializer_range": 0.1,
+        "attn_implementation": attention,
+    }
+    return LlamaForCausalLM(LlamaConfig(**shape | settings))
+
+
+def small_tokenizer():
+    words = {f"t{index}": index for index in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t1")), pad_token="t0", eos_token="t2"
+    )
+
+
+def uneven_rows(count=24, seed=0):
+    """Rows of 8 to 90 tokens, supervised from a place that differs much; each token foretells the next."""
+    random = np.random.default_rng(seed)
+    ids, labels = [], []
+    for _ in range(count):
+        start, step = int(random.integers(3, VOCABULARY)), int(random.integers(1, 4))
+        row = [3 + (start + step * place) % (VOCABULARY - 3) for place in range(int(random.integers(8, 91)))]
+        first = int(random.integers(1, len(row)))
+        ids.append(row)
+        labels.append([IGNORED] * first + row[first:])
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def autocast(precision):
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def gradient_of(model):
+    return torch.cat([parameter.grad.flatten().double().cpu() for parameter in model.parameters()])
+
+
+def weights_of(model):
+    return torch.cat([parameter.detach().flatten().double().cpu() for parameter in model.parameters()])
+
+
+def difference(one, other):
+    """Norm of the difference, relative to that of `other`."""
+    return ((one - other).norm() / other.norm()).item()
+
+
+def reference(rows, **settings):
+    """Mean loss and gradient from each row alone, from full logits, in float64 on the CPU."""
+    model = small_model(attention="eager", **settings).double()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        total = total + functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        tokens += int((labels != IGNORED).sum())
+    (total / tokens).backward()
+    return (total / tokens).item(), gradient_of(model)
+
+
+def loss_and_gradient(rows, *, precision, attention="sdpa", packing=True, flat=False, at_once=3, apart=True):
+    """The same on the device, from batches of packs; with `apart` false, packed documents run into each other."""
+    model = small_model(attention=attention).to(DEVICE)
+    packs = PackedRows(rows, max_length=LENGTH, packing=packing)
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for start in range(0, len(packs), at_once):
+        items = [packs[index] for index in range(start, min(start + at_once, len(packs)))]
+        batch = {name: tensor.to(DEVICE) for name, tensor in PackCollator(0, flat=flat)(items).items()}
+        if not apart:
+            batch["position_ids"] = torch.arange(batch["input_ids"].shape[1], device=DEVICE).expand_as(batch["labels"])
+        with autocast(precision):
+            nll, _ = supervised_nll(model, batch)
+        nll.sum().backward()
+        total, tokens = total + nll.detach().double().sum().cpu(), tokens + len(nll)
+    return (total / tokens).item(), gradient_of(model) / tokens
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_padded_and_single_rows_give_one_loss_and_gradient(precision, attention):
+    rows = uneven_rows()
+    loss, gradient = reference(rows)
+    loss_bound, gradient_bound = BOUNDS[precision]
+    layouts = {
+        "packed": {},
+        "packed, flat": {"flat": True},
+        "padded": {"packing": False},
+        "alone": {"packing": False, "at_once": 1},
+    }
+    for name, layout in layouts.items():
+        found, found_gradient = loss_and_gradient(rows, precision=precision, attention=attention, **layout)
+        assert found == pytest.approx(loss, rel=loss_bound), name
+        assert difference(found_gradient, gradient) <= gradient_bound, name
+    wrong, wrong_gradient = loss_and_gradient(rows, precision=precision, attention=attention, apart=False)
+    assert abs(wrong - loss) > 2 * loss_bound * loss
+    assert difference(wrong_gradient, gradient) > 2 * gradient_bound
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_probe_passes_models_that_keep_documents_apart(precision, attention):
+    with autocast(precision):
+        check_documents_apart(small_model(attention=attention).to(DEVICE), lengths=(40, 60))
+
+
+def unmasked_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(
+        1, 2
+    ), None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_probe_refuses_a_model_whose_documents_see_each_other(precision):
+    AttentionInterface.register("unmasked", unmasked_attention)
+    model = small_model().to(DEVICE)
+    model.config._attn_implementation = "unmasked"
+    with autocast(precision), pytest.raises(UserError, match="documents of a pack see each other"):
+        check_documents_apart(model, lengths=(40, 60))
+
+
+class Steps(TrainerCallback):
+    """Counts the optimizer steps that were taken here, whatever the state says."""
+
+    taken = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.taken += 1
+
+
+def build(
+    folder,
+    model,
+    *,
+    rows=None,
+    packing=True,
+    micro=2,
+    accumulation=2,
+    steps=6,
+    optimizer="adamw_torch_fused",
+    rate=1e-3,
+    precision="float32",
+    save_every=None,
+    callbacks=(),
+):
+    """The project's trainer on the device."""
+    args = training_arguments(
+        folder,
+        OptimConfig(name=optimizer, learning_rate=rate, schedule="constant", max_grad_norm=None),
+        TrainingConfig(
+            max_steps=steps,
+            micro_batch_rows=micro,
+            accumulation_steps=accumulation,
+            log_every_steps=1,
+            save_every_steps=save_every,
+            precision=precision,
+        ),
+        EvaluationConfig(),
+        TrackingConfig(),
+    )
+    assert args.device.type == DEVICE.type
+    packs = PackedRows(rows or uneven_rows(), max_length=LENGTH, packing=packing)
+    return SFTTrainer(model=model, args=args, tokenizer=small_tokenizer(), train_packs=packs, callbacks=callbacks)
+
+
+def losses_of(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def run(folder, model, **settings):
+    trainer = build(folder, model, **settings)
+    trainer.train()
+    return trainer, losses_of(trainer)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_rows_by_accumulation_changes_neither_losses_nor_weights(tmp_path, precision):
+    # With SGD a step is the gradient itself. Six steps change the weights by 1.6e-2 of their norm. In bf16 a product of
+    # another shape rounds sums in another order: losses differed by 1e-3 and weights by 3e-4 on a CPU.
+    bound, loss_bound = {"float32": (1e-5, 1e-5), "bf16": (1e-3, 4e-3)}[precision]
+    options = {"packing": False, "optimizer": "sgd", "rate": 0.1, "precision": precision}
+    runs = [run(tmp_path, small_model(), micro=m, accumulation=8 // m, **options) for m in (8, 4, 1)]
+    for (trainer, losses), (other, other_losses) in itertools.pairwise(runs):
+        assert len(losses) == 6
+        np.testing.assert_allclose(losses, other_losses, rtol=loss_bound)
+        assert difference(weights_of(trainer.model), weights_of(other.model)) <= bound
+    assert difference(weights_of(runs[0][0].model), weights_of(small_model())) > 10 * bound
+
+
+def test_bf16_autocast_multiplies_in_bf16_and_keeps_weights_and_state_in_float32(tmp_path):
+    seen = []
+    model = small_model()
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    trainer = build(tmp_path, model, precision="bf16", steps=30)
+    trainer.train()
+    # The probe of packs and 30 steps of 2 micro-batches: none in another format.
+    assert len(seen) >= 60
+    assert set(seen) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
+    assert len(states) == 2 * len(list(model.parameters()))
+    assert {(value.dtype, value.device.type) for value in states} == {(torch.float32, DEVICE.type)}
+    losses = losses_of(trainer)
+    assert losses[0] > 5
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_adamw_is_fused_and_steps_as_written_out_by_hand(tmp_path):
+    model = small_model()
+    before = [parameter.detach().double().clone() for parameter in model.parameters()]
+    rows = uneven_rows(8)
+    _, gradient = reference(rows)
+    trainer = build(tmp_path, model, rows=rows, packing=False, micro=4, steps=1)
+    trainer.train()
+    options = trainer.optimizer.param_groups[0]
+    assert options["fused"] is True
+    # Adam's first step from zero state is the gradient over its absolute value, but for eps: arXiv:1412.6980.
+    start = 0
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        own = gradient[start : start + old.numel()].view_as(old)
+        start += old.numel()
+        clear = own.abs() > 1e-4  # where float32's error of the gradient is far below it
+        expected = old - 1e-3 * own / (own.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach().double().cpu()[clear], expected[clear], rtol=0, atol=1e-6)
+        assert clear.any()
+
+
+def peak_memory(work):
+    """Bytes above what was held before, at most, while `work` runs; None on a CPU."""
+    if not HAS_GPU:
+        work()
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(tmp_path):
+    found = {}
+    for checkpointing in (False, True):
+        calls = []
+        model = small_model(num_hidden_layers=6)
+        if checkpointing:
+            recompute_activations(model)
+        trainer = build(tmp_path, model, packing=False, optimizer="sgd", rate=0.1, steps=3, micro=4)
+        # On entry: what is computed again ends with the last number that the backward pass needs, before the exit.
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        memory = peak_memory(trainer.train)
+        found[checkpointing] = (len(calls), losses_of(trainer), weights_of(model), memory)
+    calls, losses, weights, memory = found[False]
+    again_calls, again_losses, again_weights, again_memory = found[True]
+    assert calls == 3 * 2
+    assert again_calls == 2 * calls
+    np.testing.assert_allclose(again_losses, losses, rtol=1e-6)
+    assert difference(again_weights, weights) <= 1e-6
+    if HAS_GPU:
+        assert again_memory < 0.8 * memory
+
+
+def adapter_weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if "lora_" in name}
+
+
+def base_weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if "lora_" not in name}
+
+
+def check_only_the_adapter_learns(trainer):
+    """Train, and see which weights changed; the last loss is far below the first."""
+    base, adapter = base_weights(trainer.model), adapter_weights(trainer.model)
+    assert len(adapter) == 2 * 7 * 3  # A and B, beside seven products, in three layers
+    trainer.train()
+    losses = losses_of(trainer)
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(tensor, base[name]) for name, tensor in base_weights(trainer.model).items())
+    changed = [
+        name for name, tensor in adapter_weights(trainer.model).items() if not torch.equal(tensor, adapter[name])
+    ]
+    assert changed == list(adapter)
+    assert {tensor.device.type for tensor in trainer.model.parameters()} == {DEVICE.type}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_lora_changes_its_own_weights_alone(tmp_path, precision):
+    model = add_adapter(small_model(), AdapterConfig(kind="lora", rank=8))
+    check_only_the_adapter_learns(build(tmp_path, model, precision=precision, rate=1e-2, steps=30))
+
+
+def nf4_model(folder, bitsandbytes):
+    """The small model from a checkpoint, with every linear layer but the head in four bits."""
+    small_model().to(torch.bfloat16).save_pretrained(folder / "weights")
+    config = ModelConfig(path=str(folder / "weights"), quantization="nf4", dtype="bfloat16")
+    words = small_tokenizer()
+    model = load_model(config, load_settings(config, words), words, trains_all=False)
+    quantized = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(quantized) == 7 * 3
+    assert {module.weight.dtype for module in quantized} == {torch.uint8}
+    assert {module.weight.quant_state.quant_type for module in quantized} == {"nf4"}
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_beside_nf4_weights_changes_its_own_weights_alone(tmp_path, checkpointing):
+    model = nf4_model(tmp_path, pytest.importorskip("bitsandbytes"))
+    if checkpointing:
+        recompute_activations(model)
+    model = add_adapter(model, AdapterConfig(kind="lora", rank=8))
+    check_only_the_adapter_learns(build(tmp_path, model, precision="bf16", rate=1e-2, steps=30))
+
+
+def adapter_gradient(model, batch):
+    """Gradient of the summed loss for LoRA matrices that are all drawn anew, so that none is zero."""
+    model = add_adapter(model, AdapterConfig(kind="lora", rank=8))
+    torch.manual_seed(1)
+    for parameter in adapter_weights_of(model):
+        parameter.data.copy_(0.05 * torch.randn(parameter.shape))
+    model.train()
+    with autocast("bf16"):
+        nll, _ = supervised_nll(model, batch)
+    nll.sum().backward()
+    return torch.cat([parameter.grad.flatten().double().cpu() for parameter in adapter_weights_of(model)])
+
+
+def adapter_weights_of(model):
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+
+def test_the_gradient_through_nf4_weights_is_that_through_the_numbers_they_stand_for(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    quantized = nf4_model(tmp_path, bitsandbytes)
+    plain = small_model().to(device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, module in quantized.named_modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                plain.get_submodule(name).weight.copy_(weight)
+    check_documents_apart(quantized)  # as in a run: a forward pass that trains nothing comes first
+    packs = PackedRows(uneven_rows(), max_length=LENGTH, packing=True)
+    batch = {name: tensor.to(DEVICE) for name, tensor in PackCollator(0)([packs[0], packs[1]]).items()}
+    expected = adapter_gradient(plain, batch)
+    # Equal numbers in equal products; kernels that unpack as they go round sums in another order, at bf16's 8 bits.
+    assert difference(adapter_gradient(quantized, batch), expected) <= 0.05
+    assert expected.norm() > 0
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path):
+    # Attention's dropout draws from the device's random state, which a checkpoint must bring back. Backward passes add
+    # up with atomics, in an order of their own: float32's rounding, some 1e-7 a step.
+    def model():
+        return small_model(attention_dropout=0.2)
+
+    whole, losses = run(tmp_path / "run", model(), steps=10, save_every=5)
+    steps = Steps()
+    resumed = build(tmp_path / "run", model(), steps=10, save_every=5, callbacks=[steps])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    assert (steps.taken, resumed.state.global_step) == (5, 10)
+    np.testing.assert_allclose(losses_of(resumed), losses, rtol=1e-5)
+    assert difference(weights_of(resumed.model), weights_of(whole.model)) <= 1e-5
+    # Another random state, and nothing else, is enough to be told apart.
+    other = build(tmp_path / "other", model(), steps=10)
+    torch.manual_seed(1)
+    other.train()
+    assert difference(weights_of(other.model), weights_of(whole.model)) > 1e-4
+
+
+@pytest.mark.parametrize("keep_by_mask", [True, False])
+def test_logits_are_computed_at_supervised_positions_alone(keep_by_mask):
+    from src.loss import _KEEPS_BY_MASK
+
+    if keep_by_mask and not _KEEPS_BY_MASK:
+        pytest.skip("this transformers takes no mask as logits_to_keep")
+    # All logits in float32: 2,048 x 32,000 x 4 bytes = 262 MB, several of which a backward holds.
+    length, vocabulary = 2048, 32000
+    model = small_model(vocab_size=vocabulary, num_hidden_layers=1, max_position_embeddings=length).to(DEVICE)
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, inputs, out: rows.append(out.numel() // out.shape[-1]))
+    ids = torch.randint(3, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "position_ids": torch.arange(length)[None]}
+    peaks = {}
+    for share in (1.0, 0.05):
+        supervised = int(share * (length - 1))
+        labels = torch.full_like(ids, IGNORED)
+        places = 1 + torch.randperm(length - 1, generator=torch.Generator().manual_seed(1))[:supervised]
+        labels[0, places] = ids[0, places]
+        on_device = {name: tensor.to(DEVICE) for name, tensor in (batch | {"labels": labels}).items()}
+
+        def work(inputs=on_device):
+            with autocast("bf16"):
+                nll, _ = supervised_nll(model, inputs, keep_by_mask=keep_by_mask)
+            nll.sum().backward()
+            assert bool(torch.isfinite(nll).all())
+
+        model.zero_grad(set_to_none=False)
+        work()  # gradients exist, and kernels have their workspaces
+        rows.clear()
+        peaks[share] = peak_memory(work)
+        assert rows == [supervised]
+    if HAS_GPU:
+        logits = 4 * length * vocabulary
+        assert peaks[1.0] > 1.5 * logits  # so that the comparison is about logits
+        assert peaks[0.05] < 0.25 * peaks[1.0]
+
+
+def launch(folder, *options, **environment):
+    """Run train.py from scratch on the embedded default's data; its metrics, and the run's folder."""
+    data = ROOT / "config" / "data"
+    recipe = {
+        "model": {
+            "architecture": {
+                "model_type": "llama",
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 512,
+            },
+            "tokenizer": str(data / "smol_tokenizer.json"),
+            "chat_template": str(data / "smol_chat_template.jinja"),
+            "special_tokens": {"eos_token": "<|im_end|>"},
+        },
+        "data": {"train": [{"path": str(data / "smol_train.jsonl"), "max_rows": 800}], "max_length": 256},
+        "optim": {"learning_rate": 2e-3},
+        "training": {"micro_batch_rows": 4, "log_every_steps": 1, "save_every_steps": None},
+        "output": {"folder": str(folder), "name": "run"},
+    }
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(folder / "recipe.yaml"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line], folder / "run"
+
+
+def test_a_run_from_scratch_learns_under_bf16_autocast(tmp_path):
+    losses, folder = launch(tmp_path / "gpu", "--training.max_steps", "60", "--training.precision", "bf16")
+    assert len(losses) == 60
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+    assert (folder / "model" / "model.safetensors").is_file()
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert result["steps"] == 60
+    if HAS_GPU:
+        assert result["peak_memory"]["cuda_mib"] > 1
+        assert json.loads((folder / "environment.json").read_text(encoding="utf-8"))["hardware"]["gpus"]
+
+
+def test_a_float32_run_has_the_losses_that_it_has_on_the_cpu(tmp_path):
+    options = ("--training.max_steps", "12", "--training.precision", "float32")
+    losses, folder = launch(tmp_path / "gpu", *options)
+    cpu_losses, cpu_folder = launch(tmp_path / "cpu", *options, CUDA_VISIBLE_DEVICES="")
+    assert len(losses) == 12
+    # Adam divides by the gradient's own size, so that rounding of small ones grows from 1e-7 over the steps.
+    np.testing.assert_allclose(losses, cpu_losses, rtol=1e-4)
+    gpus = [
+        "gpus" in json.loads((path / "environment.json").read_text(encoding="utf-8"))["hardware"]
+        for path in (folder, cpu_folder)
+    ]
+    assert gpus == [HAS_GPU, False]
