@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,7 +47,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if source.endswith(".json"):
         if not Path(source).is_file():
             raise UserError(f"model.tokenizer={source} does not exist; give a tokenizer.json, a folder or a Hub id")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=source)
+        try:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=source)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(f"model.tokenizer={source} is no tokenizer.json that can be read: {error}") from error
     else:
         _check_local(source, "model.tokenizer" if config.tokenizer else "model.path", "tokenizer_config.json")
         revision = config.revision if source == config.path else None
@@ -53,7 +59,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
                 source, revision=revision, trust_remote_code=config.trust_remote_code
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer could be loaded from {source}: {error}") from error
+            raise UserError(f"no tokenizer could be loaded from {source}: {_in_one_line(error)}") from error
     for role, token in config.special_tokens.items():
         _set_special_token(tokenizer, role, token)
     _choose_pad_token(tokenizer)
@@ -69,7 +75,7 @@ def _set_special_token(tokenizer: PreTrainedTokenizerBase, role: str, token: str
     roles = [name for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if name != "additional_special_tokens"]
     if role not in roles:
         near = difflib.get_close_matches(role, roles, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UserError(f"model.special_tokens has no role '{role}'{hint} Roles: {', '.join(roles)}")
     if token not in tokenizer.get_vocab():
         log.warning("%s %s is new to the tokenizer: its embedding starts untrained", role, token)
@@ -107,8 +113,8 @@ def load_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         settings = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={config.path} could not be read: {error}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"model.path={config.path} could not be read: {_in_one_line(error)}") from error
     rows, own = settings.get_text_config().vocab_size, _own_size(tokenizer, config)
     if rows < own:
         raise UserError(
@@ -132,11 +138,20 @@ def _settings_from_architecture(architecture: dict[str, Any], tokenizer: PreTrai
         fields.setdefault(name, getattr(tokenizer, name))
     try:
         settings = AutoConfig.for_model(kind, **fields)
+        known = AutoConfig.for_model(kind).to_dict()
+    except StrictDataclassError as error:
+        raise UserError(f"model.architecture does not suit '{kind}': {_in_one_line(error)}") from error
     except ValueError as error:
-        raise UserError(f"model.architecture.model_type={kind} is not one that transformers knows: {error}") from error
-    unknown = sorted(set(fields) - set(AutoConfig.for_model(kind).to_dict()))
+        if kind in CONFIG_MAPPING:
+            raise UserError(f"model.architecture does not suit '{kind}': {_in_one_line(error)}") from error
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING, n=3) or ["llama"]
+        raise UserError(
+            f"model.architecture.model_type={kind} is not one that transformers knows; did you mean "
+            f"{' or '.join(near)}?"
+        ) from error
+    unknown = sorted(set(fields) - set(known))
     if unknown:
-        near = {name: difflib.get_close_matches(name, settings.to_dict(), n=1) for name in unknown}
+        near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
         raise UserError(
             f"model.architecture has settings that '{kind}' does not know: "
             + "; ".join(f"{name}" + (f" (did you mean {match[0]}?)" if match else "") for name, match in near.items())
@@ -180,7 +195,12 @@ def load_model(
         else:
             model = _from_checkpoint(config, settings, dtype if dtype == "auto" else getattr(torch, dtype), options)
     except ImportError as error:
-        raise UserError(f"model.attention={config.attention} or quantization={config.quantization}: {error}") from error
+        raise UserError(
+            f"this machine lacks what model.attention={config.attention} or model.quantization={config.quantization} "
+            f"needs: {_in_one_line(error)}. Install it, or use model.attention=auto and model.quantization=none"
+        ) from error
+    except KeyError as error:
+        raise UserError(f"the model's config names {error}, which transformers does not have; correct it") from error
     needed, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if needed > rows:
         log.info("embeddings grow from %d to %d rows for tokens that are new to the checkpoint", rows, needed)
@@ -213,12 +233,13 @@ def _from_checkpoint(
             trust_remote_code=config.trust_remote_code,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             **options,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"the weights of {config.path} could not be loaded: {error}") from error
+    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise UserError(f"the weights of {config.path} could not be loaded: {_in_one_line(error)}") from error
     missing = sorted(report["missing_keys"])
-    mismatched = sorted(str(key) for key in report["mismatched_keys"])
+    mismatched = sorted(f"{name} of {tuple(given)} for {tuple(own)}" for name, given, own in report["mismatched_keys"])
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:4]) + (" ..." if len(missing + mismatched) > 4 else "")
         raise UserError(
@@ -273,12 +294,41 @@ def _check_local(source: str, field: str, needed: str) -> None:
     if not (folder / needed).is_file():
         present = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"{field}={source} has no {needed} (it holds {present}); it is not a complete checkpoint")
+    for name in (needed, "tokenizer.json"):
+        if (folder / name).is_file():
+            _check_json(folder / name, field)
+    if needed == "config.json":
+        _check_weights(folder)
+
+
+def _check_json(path: Path, field: str) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{field}={path.parent}: {path.name} is not JSON ({error}); fetch it again") from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Make sure that the weight files of a checkpoint are all there and whole, before anything else takes time."""
     index = folder / "model.safetensors.index.json"
-    if field == "model.path" and index.is_file():
+    if index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         absent = sorted(name for name in shards if not (folder / name).is_file())
         if absent:
             raise UserError(
-                f"{field}={source} is incomplete: {len(absent)} of {len(shards)} weight files that its index names are "
-                f"missing ({', '.join(absent[:3])}); fetch it again"
+                f"model.path={folder} is incomplete: {len(absent)} of {len(shards)} weight files that its index names "
+                f"are missing ({', '.join(absent[:3])}); fetch it again"
             )
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(
+                f"model.path={folder} is incomplete: {path.name} is damaged or cut short ({error}); fetch it again"
+            ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """What another library says, short enough to be read."""
+    return " ".join(str(error).split())[:500]

@@ -7,12 +7,14 @@ run.export(trainer)
 """
 
 import json
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer
 
 from config.schema import HubConfig, OutputConfig
@@ -20,7 +22,7 @@ from src.callbacks import clock
 from src.model_card import model_card
 from utils.checkpointing import last_checkpoint
 from utils.errors import UserError
-from utils.files import whole_folder, write_json, write_text
+from utils.files import is_write_failure, whole_folder, write_json, write_text
 from utils.hub import push_folder
 from utils.launch import is_main_process
 from utils.logging import get_logger
@@ -52,16 +54,29 @@ class Run:
                 log.warning("%s was %r when this run started and is %r now", name, before.get(name), after.get(name))
 
     def export(self, trainer: Trainer) -> None:
-        """Write the model or adapter with its tokenizer to `model/`, whole or not at all; every process calls this."""
+        """Write the model or adapter with its tokenizer to `model/`, whole or not at all; every process calls this.
+
+        Raises:
+            UserError: the disk is full, or a file cannot be written.
+        """
         # A sharded model is gathered on the main process, to which every process contributes.
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
         if not is_main_process():
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with whole_folder(self.path / "model") as folder:
-            model.save_pretrained(folder, state_dict=weights)
-            trainer.processing_class.save_pretrained(folder)
+        try:
+            with whole_folder(self.path / "model") as folder:
+                model.save_pretrained(folder, state_dict=weights)
+                trainer.processing_class.save_pretrained(folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_write_failure(error):
+                raise
+            last = last_checkpoint(self.path)
+            way_out = (
+                f"free some space, then use --resume: {last.name} is complete" if last else "there is no checkpoint"
+            )
+            raise UserError(f"{self.path / 'model'} could not be written ({error}); {way_out}") from error
 
     def conclude(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int]) -> None:
         """Write result.json and the model card, and say what came of the run.
@@ -128,9 +143,14 @@ def open_run(config: OutputConfig, *, resume: bool) -> Run:
     """Find the directory of a run that starts, or the checkpoint of one that goes on. Nothing is written.
 
     Raises:
-        UserError: a run that starts would overwrite another, or one that should go on has no checkpoint.
+        UserError: a run that starts would overwrite another, one that should go on has no checkpoint, or nothing can
+            be written there.
     """
     path = Path(config.folder) / config.name
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        what = "may not be written to" if there.is_dir() else "is a file"
+        raise UserError(f"{path} cannot be made, as {there} {what}; give another output.folder or output.name")
     if resume:
         checkpoint = last_checkpoint(path)
         if checkpoint is None:

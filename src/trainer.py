@@ -226,7 +226,13 @@ class SFTTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-        """The micro-batches of one optimizer step, and the supervised tokens of all processes' together."""
+        """The micro-batches of one optimizer step, and the supervised tokens of all processes' together.
+
+        None are left for a run that goes on from its last step: Trainer alone would take one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], torch.zeros((), dtype=torch.int64, device=device)
         if self._steps == 0:
             self._tokens_since = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]

@@ -22,6 +22,7 @@ from tests.tiny_run import (
     from_checkpoint,
     metrics_of,
     run_train,
+    stop_after,
     weights_of,
     without_timings,
     write_checkpoint,
@@ -163,16 +164,6 @@ def two_epochs(folder, kind, **sections):
     )
 
 
-def stop_after(run: Path, step: int) -> None:
-    """Take from a run's directory what it would not have, had it been killed soon after a checkpoint."""
-    for checkpoint in run.glob("checkpoint-*"):
-        if int(checkpoint.name.split("-")[1]) > step:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(run / "model")
-    for name in ("result.json", "README.md"):
-        (run / name).unlink()
-
-
 def assert_same_run(run: Path, other: Path) -> None:
     """Both directories hold the same weights, bit for bit, and the same metrics and samples."""
     weights, other_weights = weights_of(run / "model"), weights_of(other / "model")
@@ -246,6 +237,18 @@ def test_a_half_written_checkpoint_is_ignored_and_leaves_nothing(tmp_path):
     assert {path.name for path in run.iterdir()} == {*RECORD, "checkpoint-2", "checkpoint-4", "model"}
     assert not (run / "checkpoint-4" / "left_over.bin").exists()
     assert AutoModelForCausalLM.from_pretrained(run / "checkpoint-4")
+
+
+def test_a_run_that_goes_on_from_its_last_step_takes_no_other(tmp_path):
+    # Four of an epoch's five steps: Trainer would take the fifth.
+    recipe, run = write_recipe(tmp_path, optim={"schedule": "constant"}), tmp_path / "outputs" / "run"
+    assert run_train("--config", recipe).code == 0
+    shutil.copytree(run, tmp_path / "whole")
+    stop_after(run, 4)
+    done = run_train("--config", recipe, "--resume")
+    assert done.code == 0, done.stderr
+    assert "step 5/4" not in done.stderr
+    assert_same_run(run, tmp_path / "whole")
 
 
 def test_starting_over_a_run_is_refused_with_both_ways_out(full_run):

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,3 +158,13 @@ def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a model or an adapter, by name."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def stop_after(run: Path, step: int) -> None:
+    """Take from a run's directory what it would not have, had it been killed soon after a checkpoint."""
+    for checkpoint in run.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(run / "model")
+    for name in ("result.json", "README.md"):
+        (run / name).unlink()

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from utils.errors import UserError
-from utils.files import sync_tree
+from utils.files import is_write_failure, sync, sync_tree
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -71,7 +71,7 @@ class CheckpointWriter:
         except (OSError, SafetensorError, RuntimeError) as error:
             if main:
                 shutil.rmtree(self.staging, ignore_errors=True)
-            if not _is_write_failure(error):
+            if not is_write_failure(error):
                 raise
             last = last_checkpoint(self.run)
             free = shutil.disk_usage(self.run).free
@@ -81,16 +81,13 @@ class CheckpointWriter:
             ) from error
 
     def _put_in_place(self, name: str) -> None:
+        """Rename the new checkpoint into the run directory, and the old ones out of it before they are removed, so that
+        none is there in part at any time."""
         target = self.run / name
         if target.exists():  # a run that went back to an earlier checkpoint comes by this step again
-            shutil.rmtree(target)
+            target.rename(self.staging / "replaced")
         (self.staging / name).rename(target)
-        shutil.rmtree(self.staging)
+        sync(self.run)
         for old in checkpoints(self.run)[: -self.keep]:
-            shutil.rmtree(old)
-
-
-def _is_write_failure(error: Exception) -> bool:
-    """Whether an error came from writing a file: torch and safetensors wrap the system's own in theirs."""
-    signs = ("no space left", "file too large", "failed writing", "unexpected pos", "i/o error", "ioerror", "iostream")
-    return isinstance(error, OSError) or any(sign in str(error).lower() for sign in signs)
+            old.rename(self.staging / old.name)
+        shutil.rmtree(self.staging)

@@ -21,7 +21,8 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,8 +33,8 @@ def _sync(path: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Force every file and folder below `folder`, and itself, to the disk."""
     for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 @contextlib.contextmanager
@@ -56,10 +57,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             folder.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether an error came from writing a file: torch and safetensors wrap the system's own in theirs."""
+    signs = ("no space left", "file too large", "failed writing", "unexpected pos", "i/o error", "ioerror", "iostream")
+    return isinstance(error, OSError) or any(sign in str(error).lower() for sign in signs)
 
 
 def write_text(path: Path, text: str) -> None:
