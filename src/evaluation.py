@@ -54,7 +54,7 @@ def answer_conversations(
     state = PartialState()
     mine = conversations[state.process_index :: state.num_processes]
     asked = [replace(conversation, messages=conversation.messages[:-1]) for conversation in mine]
-    prompts = ChatTemplate.of(tokenizer).render(asked, generation_prompt=True) if asked else []
+    prompts = ChatTemplate.of(tokenizer).render(asked, generation_prompt=True)
     texts = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     answers = [
         Answer(_last_question(conversation), str(conversation.messages[-1]["content"]), text)

@@ -6,6 +6,7 @@ answers = generate(model, tokenizer, ["<|im_start|>user\\nWhat is LoRA?<|im_end|
 from collections.abc import Sequence
 
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -13,8 +14,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
-from src.chat import ChatTemplate
+from src.chat import ChatTemplate, supervised_spans
 from src.formats import Conversation
 from utils.distributed import accelerator_name
 from utils.errors import UserError
@@ -30,12 +32,38 @@ def load_for_generation(source: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")  # an adapter brings its base with it
+        # peft, unlike transformers, also loads an adapter whose tokenizer has more tokens than its base.
+        loader = AutoModelForCausalLM if find_adapter_config_file(source) is None else AutoPeftModelForCausalLM
+        model = loader.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         raise UserError(f"no model could be loaded from {source}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_stops(model, tokenizer)
     return model.to(accelerator_name()), tokenizer
+
+
+def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation stop where it did, at the tokenizer's eos token and where its chat template ends a turn, and pad
+    as the tokenizer does."""
+    generation = model.generation_config or GenerationConfig()
+    given = generation.eos_token_id
+    stops = [given] if isinstance(given, int) else list(given or [])
+    stops += [tokenizer.eos_token_id, _template_stop(tokenizer)]
+    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    generation.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = generation
+
+
+def _template_stop(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the chat template ends an assistant's turn with, or None where it does not show."""
+    turns = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+    try:
+        [chat] = supervised_spans(ChatTemplate.of(tokenizer), [Conversation(messages=turns, origin="probe")])
+    except UserError:
+        return None
+    return tokenizer(chat.text[slice(*chat.spans[-1])], add_special_tokens=False)["input_ids"][-1]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
@@ -75,6 +103,8 @@ def generate(
     Returns:
         An answer for each prompt, without special tokens.
     """
+    if not prompts:
+        return []
     encoded = tokenizer(list(prompts), add_special_tokens=not special_tokens_in_prompts)["input_ids"]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}

@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from config.schema import ModelConfig
+from src.generation import set_stops
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 from utils.logging import get_logger
@@ -83,17 +83,15 @@ def _set_special_token(tokenizer: PreTrainedTokenizerBase, role: str, token: str
 
 
 def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Keep the pad token if it is not the eos token, else take one made for padding, else <unk>, else add one."""
+    """Keep the pad token if it is not the eos token, else take one made for padding, else <unk>, else one that is
+    reserved for uses like this, else add one."""
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    candidates = [token for token in special if "pad" in token.lower() and token != tokenizer.eos_token]
-    if candidates:
-        chosen = candidates[0]
-    elif tokenizer.unk_token is not None and tokenizer.unk_token != tokenizer.eos_token:
-        chosen = tokenizer.unk_token
-    else:
-        chosen = PAD_TOKEN
+    candidates = [token for token in special if "pad" in token.lower()]
+    candidates += [tokenizer.unk_token] if tokenizer.unk_token is not None else []
+    candidates += [token for token in special if "reserved" in token.lower() or "unused" in token.lower()]
+    chosen = next((token for token in candidates if token != tokenizer.eos_token), PAD_TOKEN)
     reason = "had no padding token" if tokenizer.pad_token is None else "padded with its eos token"
     added = tokenizer.add_special_tokens({"pad_token": chosen})
     log.info("the tokenizer %s; %s is %s for it", reason, chosen, "added" if added else "taken")
@@ -204,9 +202,15 @@ def load_model(
     needed, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if needed > rows:
         log.info("embeddings grow from %d to %d rows for tokens that are new to the checkpoint", rows, needed)
+        if not trains_all:
+            log.warning(
+                "the adapter will hold the grown embeddings whole, and the new rows do not train unless "
+                "adapter.modules_to_save names them; to avoid both, name special tokens that the tokenizer has in "
+                "model.special_tokens"
+            )
         model.resize_token_embeddings(needed)
     model.config.pad_token_id = tokenizer.pad_token_id
-    _set_generation(model, tokenizer)
+    set_stops(model, tokenizer)
     return model
 
 
@@ -264,18 +268,6 @@ def _quantization(kind: str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=half,
     )
-
-
-def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let generation stop where it did, and at the tokenizer's eos token, and pad as training does."""
-    generation = model.generation_config or GenerationConfig()
-    stops = generation.eos_token_id
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
-        stops.append(tokenizer.eos_token_id)
-    generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
-    generation.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = generation
 
 
 def _check_local(source: str, field: str, needed: str) -> None:
