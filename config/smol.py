@@ -1,4 +1,4 @@
-"""The embedded default: a 3.5 M-parameter Llama learns from nothing to answer questions about this framework, offline,
+"""The embedded default: a 2.2 M-parameter Llama learns from nothing to answer questions about this framework, offline,
 on a laptop's CPU.
 
 accelerate launch train.py --config config/smol.py
@@ -19,11 +19,10 @@ config = RunConfig(
     model=ModelConfig(
         architecture={
             "model_type": "llama",
-            "hidden_size": 256,
+            "hidden_size": 192,
             "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 704,
+            "num_attention_heads": 3,
+            "intermediate_size": 512,
             "max_position_embeddings": 256,
             "tie_word_embeddings": True,
         },
@@ -36,11 +35,11 @@ config = RunConfig(
         eval=(SourceConfig(path="config/data/smol_eval.jsonl"),),
         max_length=256,
     ),
-    optim=OptimConfig(learning_rate=2e-3, warmup_fraction=0.05, beta2=0.98),
+    optim=OptimConfig(learning_rate=2e-3, warmup_fraction=0.05, weight_decay=0.1, beta2=0.98),
     training=TrainingConfig(
         # 4 packs x 256 length x 1 accumulation x 1 device = 1,024 tokens/step
         micro_batch_rows=4,
-        epochs=4,
+        epochs=5,
     ),
     evaluation=EvaluationConfig(exact_match=True),
     output=OutputConfig(name="smol"),

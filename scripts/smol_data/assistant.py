@@ -27,30 +27,31 @@ def setting_facts(settings: Sequence[Setting], terms: Sequence[Term]) -> list[Fa
 
 
 def _facts_of(setting: Setting, short: bool, unique: bool) -> Iterator[Fact]:
-    quoted = f"`{setting.path}`"
-    keys = (quoted, setting.path)
+    path = setting.path
+    names = (path, f"`{path}`")
     if short and "_" in setting.name:  # a bare word such as `rank` may be meant as a term
-        keys += (f"`{setting.name}`", setting.name)
-    yield Fact("meaning of a setting", keys, wordings.SETTING_MEANING, setting.meaning)
-    if unique:
-        yield Fact("search for a setting", (setting.meaning,), wordings.SETTING_SEARCH, f"That is {quoted}.")
+        names += (setting.name,)
+    yield Fact("meaning of a setting", names, wordings.SETTING_MEANING, setting.meaning)
+    if unique and setting.section:
+        yield Fact("search for a setting", (setting.meaning,), wordings.SETTING_SEARCH, f"That is {path}.")
     if setting.section and short:
-        alone = (f"`{setting.name}`", setting.name)
-        answer = f"`{setting.name}` is in `{setting.section}`."
-        yield Fact("section of a setting", alone, wordings.SETTING_SECTION, answer, asks=5)
+        answer = f"The section of {setting.name} is {setting.section}."
+        yield Fact("section of a setting", (setting.name,), wordings.SETTING_SECTION, answer, asks=5)
     if setting.default:
-        answer = f"The default of {quoted} is {setting.default}."
-        yield Fact("default of a setting", keys, wordings.SETTING_DEFAULT, answer)
+        answer = f"The default of {path} is {setting.default}."
+        yield Fact("default of a setting", names, wordings.SETTING_DEFAULT, answer)
     if setting.type_words:
-        yield Fact("type of a setting", keys, wordings.SETTING_TYPE, f"{quoted} is {setting.type_words}.", asks=5)
+        answer = f"The type of {path} is {setting.type_words}."
+        yield Fact("type of a setting", names, wordings.SETTING_TYPE, answer, asks=5)
     if setting.limits:
-        yield Fact("range of a setting", keys, wordings.SETTING_RANGE, f"{quoted} must be {setting.limits}.")
+        yield Fact("range of a setting", names, wordings.SETTING_RANGE, f"The range of {path} is {setting.limits}.")
     if setting.choices:
-        answer = f"{quoted} can be {listed(setting.choices, 'or')}."
-        yield Fact("choices of a setting", keys, wordings.SETTING_CHOICES, answer)
+        answer = f"The choices for {path} are {listed(setting.choices, 'and')}."
+        yield Fact("choices of a setting", names, wordings.SETTING_CHOICES, answer)
     for value, text in setting.meanings_of_values():
-        named = "empty" if value == "Empty" else value if value == "None" else f"`{value}`"
-        yield Fact("value of a setting", keys, wordings.SETTING_VALUE, f"{value} means: {text}", {"value": named})
+        named = value.lower() if value == "Empty" else value
+        answer = f"For {path}, {named} means: {text}"
+        yield Fact("value of a setting", names, wordings.SETTING_VALUE, answer, {"value": named})
 
 
 def term_facts(terms: Sequence[Term]) -> Iterator[Fact]:
@@ -60,7 +61,7 @@ def term_facts(terms: Sequence[Term]) -> Iterator[Fact]:
         yield Fact("meaning of a term", (term.phrase,), wordings.TERM_MEANING, term.meaning, parts)
         yield Fact("search for a term", (term.meaning,), wordings.TERM_SEARCH, f"That is {term.phrase}.", parts)
         if term.stands_for:
-            answer = f"{term.name} stands for {term.stands_for}."
+            answer = f"The letters {term.name} stand for {term.stands_for}."
             yield Fact("letters of a term", (term.phrase,), wordings.TERM_LETTERS, answer, parts)
 
 
@@ -81,4 +82,4 @@ def declined_facts(settings: Sequence[Setting]) -> Iterator[Fact]:
     for ways, paths in ((train, strangers.TRAIN_MADE_UP), (evaluation, strangers.EVAL_MADE_UP)):
         for path in paths:
             if path not in real:
-                yield Fact("setting that does not exist", (f"`{path}`", path), ways, strangers.NO_SUCH_SETTING, asks=4)
+                yield Fact("setting that does not exist", (path, f"`{path}`"), ways, strangers.NO_SUCH_SETTING, asks=4)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from scripts.smol_data.wordings import OPENINGS_EVAL, OPENINGS_TRAIN, SYSTEM_PROMPTS, Wordings
+from scripts.smol_data.wordings import OPENINGS_EVAL, OPENINGS_TRAIN, SYSTEM_PROMPTS, VERBS, Wordings
 
 Item = TypeVar("Item")
 Row = dict[str, list[dict[str, str]]]
@@ -57,9 +57,20 @@ def _conversation(question: str, answer: str) -> list[dict[str, str]]:
     return messages
 
 
+def politely(wording: str) -> list[str]:
+    """The same wording as a request, where it is one: `Explain it.` with `Please` or `Could you`; else none."""
+    verb, _, rest = wording.partition(" ")
+    if verb not in VERBS:
+        return []
+    request = f"{verb.lower()} {rest}"
+    return [f"Please {request}", *(f"{start} {request.removesuffix('.')}?" for start in ("Could you", "Can you"))]
+
+
 def _ask(fact: Fact, wording: str, openings: Sequence[str]) -> str:
     """The question; one in five has an opening such as a greeting."""
     salt = f"{fact.kind}|{fact.answer}|{wording}"
+    if one_in(2, "politely", salt):
+        wording = next(iter(by_hash(politely(wording), salt)), wording)
     question = wording.format(key=by_hash(fact.keys, salt)[0], **fact.parts)
     if one_in(5, "opening", salt):
         question = by_hash(openings, salt)[0].format(question=question)

@@ -33,7 +33,7 @@ class Setting:
     """Its default, as a recipe would write it; `empty` for an empty list or dictionary."""
 
     type_words: str
-    """Its type, with its article: `a float`, `an int or None`."""
+    """Its type: `float`, `int or None`."""
 
     limits: str
     """Its range, such as `above 0`; empty where it has none."""
@@ -123,7 +123,7 @@ def _in_words(value: Any) -> str:
     if isinstance(value, tuple | list):
         return listed([_in_words(item) for item in value], "and")
     if isinstance(value, str):
-        return f"`{value}`"
+        return value
     return re.sub(r"e-0(\d)", r"e-\1", repr(value))
 
 
@@ -132,15 +132,15 @@ def _type_words(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join("None" if one is type(None) else _type_words(one) for one in arguments)
     if typing.get_origin(hint) is typing.Literal:
-        return "one of a few fixed names"
+        return "one of a few names"
     if typing.get_origin(hint) is tuple:
         inner = arguments[0]
         if dataclasses.is_dataclass(inner):
-            return f"a list of {inner.__name__}"
-        return "a list of fixed names" if typing.get_origin(inner) is typing.Literal else f"a list of {inner.__name__}"
+            return f"list of {inner.__name__}"
+        return "list of fixed names" if typing.get_origin(inner) is typing.Literal else f"list of {inner.__name__}"
     if typing.get_origin(hint) is dict:
-        return "a dictionary"
-    return {str: "a string", int: "an int", float: "a float", bool: "True or False"}.get(hint, str(hint))
+        return "dictionary"
+    return {str: "string", int: "int", float: "float", bool: "True or False"}.get(hint, str(hint))
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
