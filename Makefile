@@ -10,7 +10,7 @@ train: $(VENV)/.base
 	$(BIN)/accelerate launch train.py --config config/smol.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
