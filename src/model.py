@@ -250,7 +250,19 @@ def _from_checkpoint(
             f"the checkpoint {config.path} is incomplete: {len(missing)} weights are missing and {len(mismatched)} "
             f"have another shape ({names}); fetch or convert it again"
         )
+    _keep_differentiable(model)
     return model
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Forbid a layout of 4-bit weights through which no gradient flows.
+
+    On CPUs with AVX512-BF16, bitsandbytes lays weights out anew at the first evaluation, for a faster product without a
+    backward, and keeps to it: a run that is evaluated before it trains would learn from wrong gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _device_index() -> int | str:
