@@ -131,8 +131,23 @@ class DataConfig:
     """Whether rows share packs of `max_length` tokens. Attention never crosses from one row to another, so the loss is
     the same; only padding is saved."""
 
-    supervise: Literal["assistant", "all"] = "assistant"
-    """Tokens that the loss counts: the assistant's turns with the token that ends each, or all but a row's first."""
+    supervise: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
+    """Tokens that the loss counts. `assistant`: the assistant's turns with the token that ends each; `last_turn`: only
+    the last of them; `completion`: those after the last user message, which for prompt and completion is the
+    completion, and with tools holds the calls; `all`: all tokens but a row's first."""
+
+    template_date: str | None = "2024-07-26"
+    """Date that a chat template gets which writes one, as YYYY-MM-DD, so that a row is the same on every day. None:
+    the clock's."""
+
+    unlike_served: Literal["train_as_served", "drop", "error"] = "train_as_served"
+    """What happens to a conversation in which the chat template writes other text before a supervised turn than a
+    server would, such as a prompt that opens reasoning which the row has not. `train_as_served`: trained as the
+    template writes the whole; `drop`: left out; `error`: the run ends. Their number is always told."""
+
+    allow_special_tokens_in_content: bool = False
+    """Whether a special token's text inside a message, such as `<|im_end|>` in a question, becomes that token. Else it
+    is read as plain text."""
 
     workers: int | None = _limited(None, ge=1)
     """Processes that tokenize, at least 1. None: one, which already uses every core through the tokenizer's threads."""

@@ -21,7 +21,6 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig, SourceConfig
-from src.chat import DATE_STRING, ChatTemplate
 from src.formats import Conversation, TextRow, detect_format, require_assistant_turns, to_rows
 from src.sources import SourceRows, read_source
 from src.tokenization import RowEncoder, TokenRow
@@ -71,6 +70,10 @@ class _Tally:
     truncated: int = 0
     texts_split: int = 0
     joined_turns: int = 0
+    unlike_served: int = 0
+    unlike_served_first: str = ""
+    lost_reasoning: int = 0
+    special_text: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
@@ -100,9 +103,13 @@ def build_datasets(
     if not held_out and config.eval_fraction > 0:
         train, held_out = _split(train, config.eval_fraction)
     chat = any(source.format != "text" for source in (*train, *held_out))
-    encoder = RowEncoder.of(tokenizer, config.supervise, chat=chat)
-    if chat:
-        _warn_of_special_tokens([*train, *held_out], encoder.template)
+    encoder = RowEncoder.of(
+        tokenizer,
+        config.supervise,
+        chat=chat,
+        template_date=config.template_date,
+        allow_special_tokens_in_content=config.allow_special_tokens_in_content,
+    )
     if any(source.format == "text" for source in (*train, *held_out)) and tokenizer.eos_token is None:
         log.warning("the tokenizer has no eos_token, so texts end without one; name it in model.special_tokens")
     train_rows, train_report, _ = _tokenize(train, encoder, config, "train")
@@ -122,7 +129,9 @@ def build_datasets(
             "overlong": config.overlong,
             "eval_fraction": config.eval_fraction if not config.eval else 0.0,
             "chat_template_sha256": encoder.template.sha256() if encoder.template else None,
-            "chat_template_date_string": DATE_STRING if encoder.template else None,
+            "template_date": config.template_date if encoder.template and encoder.template.writes_date() else None,
+            "allow_special_tokens_in_content": config.allow_special_tokens_in_content,
+            "unlike_served": config.unlike_served,
             "bos_before_texts": bool(encoder.bos_ids()),
             "train": train_report,
             "eval": eval_report,
@@ -188,24 +197,6 @@ def _split(sources: Sequence[_Source], fraction: float) -> tuple[list[_Source], 
     return train, held_out
 
 
-def _warn_of_special_tokens(sources: Iterable[_Source], template: ChatTemplate) -> None:
-    """Tell of content that the tokenizer will read as control tokens, in training and serving alike."""
-    hits = [
-        row.origin
-        for source in sources
-        for row in source.rows
-        if isinstance(row, Conversation)
-        and any(template.special_token.search(message["content"]) for message in row.messages)
-    ]
-    if hits:
-        log.warning(
-            "%d conversations hold the text of a special token, which the tokenizer reads as that token, as it does "
-            "when it serves; spans are right all the same: %s",
-            len(hits),
-            ", ".join(hits[:3]),
-        )
-
-
 def _encoded(rows: Sequence[Conversation] | Sequence[TextRow], encoder: RowEncoder, max_length: int) -> list[TokenRow]:
     if isinstance(rows[0], TextRow):
         return encoder.encode_texts(rows, max_length)
@@ -268,6 +259,10 @@ def _within_length(rows: Iterable[TokenRow], config: DataConfig, tally: _Tally) 
     """
     for row in rows:
         tally.joined_turns += row.joined_turns
+        tally.lost_reasoning += row.lost_reasoning
+        tally.special_text += row.special_text
+        if row.unlike_served and not _keep_unlike_served(row, config, tally):
+            continue
         tally.texts_split += row.piece == 1
         cut = len(row.input_ids) > config.max_length
         if len(row.input_ids) > tally.longest:
@@ -286,6 +281,20 @@ def _within_length(rows: Iterable[TokenRow], config: DataConfig, tally: _Tally) 
         tally.tokens += len(row.input_ids)
         tally.supervised_tokens += supervised
         yield row
+
+
+def _keep_unlike_served(row: TokenRow, config: DataConfig, tally: _Tally) -> bool:
+    """Count a row that a server would prompt with another text, and do with it as the config says."""
+    tally.unlike_served += 1
+    tally.unlike_served_first = tally.unlike_served_first or f"{row.origin}: {row.unlike_served}"
+    if config.unlike_served == "error":
+        raise UserError(
+            f"{row.origin} is written in another way than a server would: {row.unlike_served}; change the row or "
+            "model.chat_template, or set data.unlike_served to train_as_served or drop"
+        )
+    if config.unlike_served == "drop":
+        tally.dropped["unlike served"] += 1
+    return config.unlike_served != "drop"
 
 
 def _refuse_overlong(tally: _Tally, config: DataConfig) -> None:
@@ -311,6 +320,10 @@ def _account(source: _Source, tally: _Tally) -> dict[str, Any]:
         "truncated": tally.truncated,
         "texts_split": tally.texts_split,
         "turns_with_joined_white_space": tally.joined_turns,
+        "unlike_served": tally.unlike_served,
+        "unlike_served_first": tally.unlike_served_first,
+        "turns_without_their_reasoning": tally.lost_reasoning,
+        "rows_with_text_of_special_tokens": tally.special_text,
         "longest_row_tokens": tally.longest,
         "tokens": tally.tokens,
         "supervised_tokens": tally.supervised_tokens,
@@ -322,8 +335,14 @@ def _tell(source: _Source, tally: _Tally, side: str) -> None:
     changes += [f"{tally.truncated} truncated"] if tally.truncated else []
     changes += [f"{tally.texts_split} texts split into pieces"] if tally.texts_split else []
     changes += [f"{tally.joined_turns} turns whose first white space is not supervised"] if tally.joined_turns else []
+    changes += [f"{tally.lost_reasoning} turns whose reasoning the template leaves out"] if tally.lost_reasoning else []
+    changes += [f"{tally.special_text} rows with the text of a special token"] if tally.special_text else []
+    if tally.unlike_served:
+        changes.append(f"{tally.unlike_served} written unlike a server would ({tally.unlike_served_first})")
     log.log(
-        logging.WARNING if tally.dropped or tally.truncated else logging.INFO,
+        logging.WARNING
+        if tally.dropped or tally.truncated or tally.unlike_served or tally.special_text
+        else logging.INFO,
         "%s (%s): %d of %d rows kept, %d tokens, %d of them supervised%s",
         source.found.path,
         side,

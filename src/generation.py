@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from src.chat import ChatTemplate, supervised_spans
+from src.alignment import supervised_spans
+from src.chat import ChatTemplate
 from src.formats import Conversation
 from utils.distributed import accelerator_name
 from utils.errors import UserError

@@ -5,19 +5,21 @@
     rows = encoder.encode_texts(texts, max_length=2048)  # each of at most max_length tokens
 
 A label is the token's own id, or -100 where it is not supervised; labels are unshifted, as in Hugging Face models, and
-the first of every row is -100, as no token comes before it. Every supervised span is read back and compared with the
-rendered text before a row leaves this module.
+the first of every row is -100, as no token comes before it. The supervised tokens of a turn stand for characters of its
+span and for no others, and the last of them is a stop token; a row is checked for that before it leaves this module.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from src.chat import ChatTemplate, RenderedChat, refuse_without_stop, supervised_spans
+from config.schema import DataConfig
+from src.alignment import RenderedChat, TurnFinder, refuse_without_stop
+from src.chat import ChatTemplate
+from src.content import ContentEncoder, JoinedEncoding
 from src.formats import Conversation, TextRow
 from utils.errors import UserError
 
@@ -29,7 +31,9 @@ class TokenRow:
     """One row: `labels` is as long as `input_ids`.
 
     `piece` counts a text's pieces from 0, and is 0 for a conversation; `joined_turns` counts the turns whose first
-    white space is not supervised, because the tokenizer joins it with the template's own.
+    white space is not supervised, because the tokenizer joins it with the template's own. `unlike_served` and
+    `lost_reasoning` are those of `src.alignment.RenderedChat`; `special_text` says whether the row's texts hold that of
+    a special token.
     """
 
     input_ids: list[int]
@@ -37,6 +41,9 @@ class TokenRow:
     origin: str
     piece: int = 0
     joined_turns: int = 0
+    unlike_served: str = ""
+    lost_reasoning: int = 0
+    special_text: bool = False
 
     def supervised_tokens(self) -> int:
         """The number of tokens that the loss counts."""
@@ -48,27 +55,37 @@ class RowEncoder:
     """Turns rows into ids in batches, which the tokenizer's Rust threads share.
 
     `backend` is the tokenizer's own model without its post-processor: that one adds no token here, but may trim the
-    white space from the offsets that tell where a token is. `template` is None if there are only texts.
+    white space from the offsets that tell where a token is. `template` and `finder` are None if there are only texts;
+    `content` is None where a special token's text in a message becomes that token.
     """
 
     tokenizer: PreTrainedTokenizerBase
     backend: tokenizers.Tokenizer
     bos_id: int | None
-    supervise: Literal["assistant", "all"]
+    supervise: str
     template: ChatTemplate | None
+    finder: TurnFinder | None
+    content: ContentEncoder | None
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, supervise: Literal["assistant", "all"], *, chat: bool = True
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        supervise: str = DataConfig.supervise,
+        *,
+        chat: bool = True,
+        template_date: str | None = DataConfig.template_date,
+        allow_special_tokens_in_content: bool = DataConfig.allow_special_tokens_in_content,
     ) -> "RowEncoder":
         """Prepare a tokenizer.
 
         Args:
+            supervise: one of the values of data.supervise.
             chat: whether conversations will be encoded, which needs a chat template.
         Raises:
             UserError: the tokenizer is not a fast one, or lacks the chat template.
         """
-        template = ChatTemplate.of(tokenizer) if chat else None
+        template = ChatTemplate.of(tokenizer, template_date) if chat else None
         if not tokenizer.is_fast:
             raise UserError(
                 f"{type(tokenizer).__name__} does not tell where its tokens are; give a fast tokenizer (one with a "
@@ -79,7 +96,9 @@ class RowEncoder:
         backend.encode_special_tokens = tokenizer.split_special_tokens
         backend.no_truncation()
         backend.no_padding()
-        return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template)
+        finder = TurnFinder(template, supervise) if template else None
+        content = ContentEncoder.of(tokenizer, backend) if chat and not allow_special_tokens_in_content else None
+        return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template, finder, content)
 
     def encode_conversations(self, conversations: Sequence[Conversation]) -> list[TokenRow]:
         """One row a conversation, uncut, each supervised span checked.
@@ -89,45 +108,56 @@ class RowEncoder:
         """
         if not conversations:
             return []
-        if self.supervise == "assistant":
-            chats = supervised_spans(self.template, conversations)
-        else:
-            chats = [RenderedChat(text, ()) for text in self.template.render(conversations)]
+        chats = self.finder.find(conversations)
+        if self.supervise == "all":
             for conversation, chat in zip(conversations, chats, strict=True):
                 self._check_final_stop(conversation, chat.text)
         encodings = self.backend.encode_batch([chat.text for chat in chats], add_special_tokens=False)
         self._check_against_tokenizer(conversations[0], encodings[0].ids)
-        rows: list[TokenRow] = []
-        spans: list[_TokenSpan] = []
-        for conversation, chat, encoding in zip(conversations, chats, encodings, strict=True):
-            ids = encoding.ids
-            self._check_bos(conversation, ids)
-            found = [_token_span(encoding, chat.text, span, conversation.origin) for span in chat.spans]
-            spans += found
-            joined = sum(span.joined for span in found)
-            rows.append(TokenRow(ids, self._labels(ids, found), conversation.origin, joined_turns=joined))
-        self._check_spans(spans)
-        return rows
+        return [
+            self._row(conversation, chat, encoding)
+            for conversation, chat, encoding in zip(conversations, chats, encodings, strict=True)
+        ]
 
-    def _labels(self, ids: list[int], spans: Sequence["_TokenSpan"]) -> list[int]:
+    def _row(self, conversation: Conversation, chat: RenderedChat, encoding: tokenizers.Encoding) -> TokenRow:
+        origin = conversation.origin
+        if chat.contents and self.content is not None:
+            encoding = self.content.encode(chat.text, chat.contents, self.template.special_token, origin)
+        ids = encoding.ids
+        if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
+            raise UserError(
+                f"{origin}: the chat template writes {self.tokenizer.bos_token} twice at the start; take one of them "
+                "out of the template, and give it as model.chat_template"
+            )
+        joined = 0
         if self.supervise == "all":
-            return [IGNORED, *ids[1:]]
-        labels = [IGNORED] * len(ids)
-        for span in spans:
-            labels[span.start : span.end] = span.ids
-        labels[0] = IGNORED
-        return labels
+            labels = [IGNORED, *ids[1:]]
+        else:
+            labels = [IGNORED] * len(ids)
+            for span in chat.spans:
+                first, end, cut = _token_span(encoding, chat.text, span, origin)
+                if ids[end - 1] not in self.template.stop_ids:
+                    raise UserError(
+                        f"{origin}: the tokenizer splits the stop token at the end of "
+                        f"{chat.text[slice(*span)][-40:]!r}, so that the model would not learn to stop; name it in "
+                        "model.special_tokens"
+                    )
+                labels[first:end] = ids[first:end]
+                joined += cut
+            labels[0] = IGNORED
+        return TokenRow(
+            ids,
+            labels,
+            origin,
+            joined_turns=joined,
+            unlike_served=chat.unlike_served,
+            lost_reasoning=chat.lost_reasoning,
+            special_text=bool(chat.contents),
+        )
 
     def _check_against_tokenizer(self, conversation: Conversation, ids: list[int]) -> None:
         served = self.template.token_ids(conversation)
         assert ids == served, f"{conversation.origin}: the ids differ from those of apply_chat_template"
-
-    def _check_bos(self, conversation: Conversation, ids: list[int]) -> None:
-        if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
-            raise UserError(
-                f"{conversation.origin}: the chat template writes {self.tokenizer.bos_token} twice at the start; take "
-                "one of them out of the template, and give it as model.chat_template"
-            )
 
     def _check_final_stop(self, conversation: Conversation, text: str) -> None:
         last = conversation.messages[-1]
@@ -135,30 +165,6 @@ class RowEncoder:
         stops = [match.end() for match in self.template.stop_token.finditer(ending)]
         if last["role"] == "assistant" and (not stops or stops[-1] != len(ending)):
             refuse_without_stop(conversation, len(conversation.messages) - 1, text)
-
-    def _check_spans(self, spans: Sequence["_TokenSpan"]) -> None:
-        """Read every span back from its ids and compare it with the text that it stands for.
-
-        Some tokenizers change text on purpose (they compose Unicode, put a space first, or lack a character); then the
-        span alone must give the same text as it gives in its row.
-        """
-        read = self.backend.decode_batch([span.ids for span in spans], skip_special_tokens=False)
-        for span, text in zip(spans, read, strict=True):
-            if span.ids[-1] not in self.template.stop_ids:
-                raise UserError(
-                    f"{span.origin}: the tokenizer splits the stop token at the end of {span.text[-40:]!r}, so "
-                    "that the model would not learn to stop; name it in model.special_tokens"
-                )
-            if text == span.text:
-                continue
-            alone = self.backend.decode(
-                self.backend.encode(span.text, add_special_tokens=False).ids, skip_special_tokens=False
-            )
-            if text.lstrip() != alone.lstrip():
-                raise UserError(
-                    f"{span.origin}: the supervised tokens read {text[:80]!r}, but the chat template wrote "
-                    f"{span.text[:80]!r}; the tokenizer does not keep the two apart: give another as model.tokenizer"
-                )
 
     def encode_texts(self, texts: Sequence[TextRow], max_length: int) -> list[TokenRow]:
         """Each text as BOS (if the tokenizer puts one before plain text), its tokens and EOS, every token but a row's
@@ -188,26 +194,16 @@ class RowEncoder:
         return bos if self.tokenizer("a")["input_ids"][:1] == bos else []
 
 
-@dataclass(frozen=True)
-class _TokenSpan:
-    """Tokens `start` to `end` (exclusive) of a row: their ids, and the characters of the rendering they stand for.
-
-    `joined`: a token before them holds white space of the content together with the template's own.
-    """
-
-    start: int
-    end: int
-    ids: list[int]
-    text: str
-    origin: str
-    joined: bool
-
-
-def _token_span(encoding: tokenizers.Encoding, text: str, span: tuple[int, int], origin: str) -> _TokenSpan:
-    """The tokens that lie within the characters of `span`.
+def _token_span(
+    encoding: tokenizers.Encoding | JoinedEncoding, text: str, span: tuple[int, int], origin: str
+) -> tuple[int, int, bool]:
+    """The tokens that lie within the characters of `span`, as first and end, and whether the first one was left out.
 
     A token that begins before the span is left out, though it reaches into it: when the model serves, its first part is
     already in the prompt. That happens where content begins with white space that joins the template's own.
+
+    Raises:
+        UserError: the last token reaches beyond the span.
     """
     start, end = span
     first = encoding.char_to_token(start)
@@ -221,5 +217,10 @@ def _token_span(encoding: tokenizers.Encoding, text: str, span: tuple[int, int],
     if joined:
         while encoding.token_to_chars(first)[0] < start:
             first += 1
-        start = encoding.token_to_chars(first)[0]
-    return _TokenSpan(first, last + 1, encoding.ids[first : last + 1], text[start:end], origin, joined)
+    reach = encoding.token_to_chars(last)[1]
+    if reach > end and text[end:reach].strip():
+        raise UserError(
+            f"{origin}: the tokenizer joins the end of {text[start:end][-40:]!r} with what the chat template writes "
+            "after it; name its stop token in model.special_tokens"
+        )
+    return first, last + 1, joined

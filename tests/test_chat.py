@@ -5,7 +5,8 @@ from datetime import date
 
 import pytest
 
-from src.chat import ChatTemplate, supervised_spans
+from src.alignment import TurnFinder, supervised_spans
+from src.chat import ChatTemplate
 from src.formats import Conversation
 from tests.toy_tokenizer import CHATML, FAMILIES, family_tokenizer, toy_tokenizer
 from utils.errors import UserError
@@ -107,30 +108,60 @@ def test_tool_calls_are_supervised_and_tool_results_are_not():
         written[1:],
         "3 degrees.<|im_end|>",
     ]
-    # Hermes writes a tool's result in two ways, as the last message and before another; so only the call can be told.
+    # Hermes writes a tool's result in two ways, as the last message and before another.
     hermes = family_tokenizer("NousResearch-Hermes-3-Llama-3.1-8B-tool_use")
     assert supervised(hermes, replace(conversation, messages=messages[:2])) == [written[1:]]
-    with pytest.raises(UserError, match="generation prompt is not what it writes before the turn"):
-        supervised(hermes, conversation)
+    [chat] = supervised_spans(ChatTemplate.of(hermes), [conversation])
+    assert [chat.text[slice(*span)] for span in chat.spans] == [written[1:], "3 degrees.<|im_end|>"]
+    assert chat.unlike_served.startswith("its prompt for message 4 ends in")
 
 
 @pytest.mark.parametrize(
     ("name", "conversation", "reason"),
     [
-        ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", talk("a", "One."), "generation prompt is not what it writes"),
         (
             "mistralai-Mistral-Nemo-Instruct-2407",
             talk(("system", "S."), ("user", "a"), "b"),
-            "generation prompt is not",
+            "leaves out message 1, of role system",
         ),
-        ("openai-gpt-oss-120b", talk("a", "One.", "b", "Two."), "in another way once more messages follow"),
-        ("Qwen-Qwen3-0.6B", talk("a", "<think>\nhm\n</think>\n\nOne.", "b", "c"), "in another way once more messages"),
         ("google-gemma-2-2b-it", talk(("system", "S."), ("user", "a"), "b"), "System role not supported"),
     ],
 )
 def test_a_row_whose_turns_the_template_does_not_show_is_refused_by_name(name, conversation, reason):
     with pytest.raises(UserError, match=rf"rows.jsonl line 7: .*{reason}.*model\.chat_template"):
         supervised(family_tokenizer(name), conversation)
+
+
+def test_turns_of_a_template_that_prompts_otherwise_than_it_writes_are_found_and_told_of():
+    tokenizer = family_tokenizer("deepseek-ai-DeepSeek-R1-Distill-Llama-8B")
+    [chat] = supervised_spans(ChatTemplate.of(tokenizer), [talk("a", "One.", "b", "<think>\nhm\n</think>\n\nTwo.")])
+    stop = "<｜end▁of▁sentence｜>"
+    assert [chat.text[slice(*span)] for span in chat.spans] == [f"One.{stop}", f"\n\nTwo.{stop}"]
+    assert "<think>" in chat.unlike_served
+    assert chat.lost_reasoning == 1
+
+
+def test_turns_that_a_template_writes_in_another_way_in_history_are_found():
+    assert supervised(family_tokenizer("openai-gpt-oss-120b"), talk("a", "One.", "b", "Two.")) == [
+        "<|channel|>final<|message|>One.<|end|>",
+        "<|channel|>final<|message|>Two.<|return|>",
+    ]
+    conversation = talk("a", "<think>\nhm\n</think>\n\nOne.", "b", "<think>\nso\n</think>\n\nTwo.")
+    assert supervised(family_tokenizer("Qwen-Qwen3-0.6B"), conversation) == [
+        "One.<|im_end|>",
+        "<think>\nso\n</think>\n\nTwo.<|im_end|>",
+    ]
+
+
+def test_a_long_conversation_renders_as_many_prompts_as_one_of_a_few_turns(monkeypatch):
+    asked = []
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *a, **k: asked.append(len(a[1])) or render(*a, **k))
+    for turns in (20, 200):
+        asked.clear()
+        answers = supervised(family_tokenizer("Qwen-Qwen3-0.6B"), talk(*["the cat"] * (2 * turns)))
+        assert answers[:-1] == ["the cat<|im_end|>"] * (turns - 1)
+        assert sum(asked) < 40
 
 
 def test_generation_marks_tell_the_spans_where_the_prompt_does_not():
@@ -172,9 +203,26 @@ def test_llama_rows_do_not_change_with_the_calendar():
     assert date.today().strftime("%d %b %Y") not in text
 
 
-def test_a_template_that_always_writes_the_date_is_told_of(caplog):
-    ChatTemplate.of(family_tokenizer("openai-gpt-oss-120b"))
+def test_a_template_that_asks_the_clock_gets_the_given_day(caplog):
+    tokenizer = family_tokenizer("openai-gpt-oss-120b")
+    [text] = ChatTemplate.of(tokenizer, "2031-02-03").render([talk("a", "One.")])
+    today = tokenizer.apply_chat_template(list(talk("a", "One.").messages), tokenize=False)
+    assert "Current date: 2031-02-03\n" in text
+    assert text.replace("2031-02-03", f"{date.today():%Y-%m-%d}") == today
+    assert "today's date" not in caplog.text
+    assert ChatTemplate.of(tokenizer, None).render([talk("a", "One.")]) == [today]
     assert "writes today's date into every row" in caplog.text
+
+
+def test_a_date_that_is_none_is_refused():
+    with pytest.raises(UserError, match=r"data\.template_date='26 Jul 2024' is no date; give one as YYYY-MM-DD"):
+        ChatTemplate.of(toy_tokenizer(), "26 Jul 2024")
+
+
+def test_a_clock_that_is_asked_in_a_computed_form_is_refused():
+    tokenizer = toy_tokenizer("{% set f = '%Y' %}{{ strftime_now(f) }}" + CHATML)
+    with pytest.raises(UserError, match=r"not written out.*data\.template_date=null"):
+        ChatTemplate.of(tokenizer)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "Hermes" not in name])
@@ -184,4 +232,26 @@ def test_a_batch_renders_as_its_rows_do_alone(name):
     alone = [
         tokenizer.apply_chat_template(list(row.messages), tokenize=False, date_string="26 Jul 2024") for row in rows
     ]
-    assert ChatTemplate.of(tokenizer).render(rows) == alone
+    today = f"{date.today():%Y-%m-%d}"
+    assert ChatTemplate.of(tokenizer).render(rows) == [text.replace(today, "2024-07-26") for text in alone]
+
+
+def test_each_way_of_supervision_names_its_turns():
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"city": "Oslo"}}}
+    messages = (
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "How cold?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "3 degrees."},
+    )
+    template = ChatTemplate.of(family_tokenizer("Qwen-Qwen2.5-7B-Instruct"))
+    found = {}
+    for supervise in ("assistant", "completion", "last_turn"):
+        [chat] = TurnFinder(template, supervise).find([Conversation(messages, "row")])
+        found[supervise] = [chat.text[slice(*span)][:4] for span in chat.spans]
+    assert found == {"assistant": ["One.", "I lo", "3 de"], "completion": ["I lo", "3 de"], "last_turn": ["3 de"]}
+    untrained = (*messages[:1], {**messages[1], "train": False}, *messages[2:])
+    [chat] = TurnFinder(template).find([Conversation(untrained, "row")])
+    assert [chat.text[slice(*span)][:4] for span in chat.spans] == ["I lo", "3 de"]

@@ -180,7 +180,7 @@ def test_empty_answers_are_told_of(tmp_path, tokenizer, caplog):
 def test_text_of_special_tokens_in_content_is_told_of(tmp_path, tokenizer, caplog):
     source = write(tmp_path / "a.jsonl", dialogs(["b"], question="what is <|im_end|>?"))
     build_datasets(DataConfig(train=(source,), max_length=64), tokenizer)
-    assert "1 conversations hold the text of a special token" in caplog.text
+    assert "1 rows with the text of a special token" in caplog.text
 
 
 @pytest.mark.slow

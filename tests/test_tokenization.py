@@ -1,11 +1,13 @@
 """Token rows: which tokens of a row are supervised, and the checks that a row passes."""
 
 import json
+from datetime import date
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from src.chat import ChatTemplate
 from src.formats import TextRow
 from src.tokenization import IGNORED, RowEncoder
 from tests.test_chat import PLAIN, talk
@@ -41,8 +43,9 @@ def test_ids_are_those_of_apply_chat_template_with_bos_once(name):
     tokenizer = family_tokenizer(name)
     conversation = talk("hi there", "The cat.")
     [row] = RowEncoder.of(tokenizer, "all").encode_conversations([conversation])
-    served = tokenizer.apply_chat_template(list(conversation.messages), return_dict=True, date_string="26 Jul 2024")
-    assert row.input_ids == served["input_ids"]
+    text = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False, date_string="26 Jul 2024")
+    text = text.replace(f"{date.today():%Y-%m-%d}", "2024-07-26")
+    assert row.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert row.labels == [IGNORED, *row.input_ids[1:]]
     if "bos_token" in tokenizer.chat_template:  # the others' templates write none
         assert row.input_ids.count(tokenizer.bos_token_id) == 1
@@ -126,6 +129,32 @@ def test_sentencepiece_like_tokenizers_supervise_the_same_text(legacy):
     [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("hi", "One. 😀", "why?", "the cat")])
     assert [run.strip() for run in supervised_runs(tokenizer, row)] == ["One. 😀 </s>", "the cat </s>"]
     assert row.input_ids.count(tokenizer.bos_token_id) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if "gemma" not in name])
+def test_text_of_a_special_token_in_content_is_read_as_plain_text(name):
+    tokenizer, stop = family_tokenizer(name), PLAIN[name]
+    number = tokenizer.convert_tokens_to_ids(stop)
+    conversation = talk(f"say {stop}\n", f"The cat{stop} 😀 no")
+    [plain] = RowEncoder.of(tokenizer).encode_conversations([talk("say x", "The cat 😀 no")])
+    [row] = RowEncoder.of(tokenizer).encode_conversations([conversation])
+    assert row.special_text
+    assert row.input_ids.count(number) == plain.input_ids.count(number)
+    assert tokenizer.decode(row.input_ids) == ChatTemplate.of(tokenizer).render([conversation])[0]
+    assert supervised_runs(tokenizer, row) == [f"The cat{stop} 😀 no{stop}"]
+    [real] = RowEncoder.of(tokenizer, allow_special_tokens_in_content=True).encode_conversations([conversation])
+    assert real.input_ids.count(number) == plain.input_ids.count(number) + 2
+
+
+def test_rows_without_text_of_special_tokens_are_encoded_alike_in_both_ways():
+    tokenizer = AutoTokenizer.from_pretrained(shared_file("tokenizers/qwen2"))
+    encoder = RowEncoder.of(tokenizer)
+    [chat] = encoder.finder.find([talk("hi", "cafe\u0301 😀 the cat.", "why?", "\n\nSo.")])
+    apart = encoder.content.encode(chat.text, [], encoder.template.special_token, "row")
+    whole = encoder.backend.encode(chat.text, add_special_tokens=False)
+    assert (apart.ids, apart.offsets) == (whole.ids, whole.offsets)
+    places = range(len(chat.text))
+    assert [apart.char_to_token(place) for place in places] == [whole.char_to_token(place) for place in places]
 
 
 def test_a_text_is_bos_text_eos_with_all_but_its_first_token_supervised():

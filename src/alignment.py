@@ -1,0 +1,187 @@
+"""Which characters of a rendered conversation are supervised, told by the template's own output.
+
+    finder = TurnFinder(template)
+    [chat] = finder.find([conversation])
+    chat.text[slice(*chat.spans[0])]   # "Paris.<|eot_id|>": what the model is to write in its first turn
+
+The template is asked about skeletons, one for each shape of conversations (`src.skeletons`): what it writes as the
+prompt of each turn, and what it writes to close it. That gives a turn's borders between the texts of the row, and no
+text of a row can move them. Each row is then rendered itself, and must read as its skeleton with the row's texts put
+in; so a row costs one rendering. Where the output does not show a turn, the row is refused and the cause named.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from src.chat import ChatTemplate
+from src.formats import Conversation
+from src.skeletons import STAND_IN, Shape, cut, skeleton_of, take_apart
+from src.turns import Layout, read_layout
+from utils.errors import UserError
+
+LAYOUTS_KEPT = 4096
+WAY_OUT = "as model.chat_template give one that does, or one with {% generation %} marks; or set data.supervise=all"
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as the template writes it.
+
+    `spans` are the supervised characters as (start, end), one pair a supervised assistant turn, in order and apart;
+    each ends with the turn's stop token. `contents` are the characters of the row's own texts. `unlike_served` says
+    why the text before a supervised turn is not what a server would give; empty: it is. `lost_reasoning` counts the
+    supervised turns whose reasoning the template leaves out.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    contents: tuple[tuple[int, int], ...] = ()
+    unlike_served: str = ""
+    lost_reasoning: int = 0
+
+
+def supervised_turns(conversation: Conversation, supervise: str) -> list[int]:
+    """Indices of the assistant's messages that `data.supervise` names, without those marked `train: false`."""
+    turns = conversation.assistant_turns()
+    if supervise == "last_turn":
+        turns = turns[-1:]
+    elif supervise == "completion":
+        asked = max((i for i, message in enumerate(conversation.messages) if message["role"] == "user"), default=-1)
+        turns = [turn for turn in turns if turn > asked]
+    return [turn for turn in turns if conversation.messages[turn].get("train", True)]
+
+
+@dataclass(frozen=True)
+class TurnFinder:
+    """A template with what has been learned of it: the layouts of the shapes met so far."""
+
+    template: ChatTemplate
+    supervise: str = "assistant"
+    layouts: dict[Shape, Layout | str] = field(default_factory=dict)
+
+    def find(self, conversations: Sequence[Conversation]) -> list[RenderedChat]:
+        """Render conversations and find the supervised turns.
+
+        Raises:
+            UserError: the template refuses a conversation, writes no stop token after a turn, or its output does not
+                show where a turn is; it names the row, the template's behaviour and what to do.
+        """
+        texts = self.template.render(conversations)
+        return [self._align(conversation, text) for conversation, text in zip(conversations, texts, strict=True)]
+
+    def _align(self, conversation: Conversation, text: str) -> RenderedChat:
+        shape, slots = take_apart(conversation)
+        layout = self.layouts.get(shape)
+        if layout is None:
+            if len(self.layouts) >= LAYOUTS_KEPT:
+                self.layouts.clear()
+            layout = self.layouts[shape] = self._learn(shape)
+        if isinstance(layout, str):
+            return self._from_marks(conversation, text, layout)
+        written, lengths = layout.pieces.filled(slots)
+        if written != text:
+            reason = f"it writes these texts in a way of its own: {_difference(text, written)}"
+            return self._from_marks(conversation, text, reason)
+        contents = ()
+        if self.template.special_token.search("\0".join(slots)):
+            edges = layout.pieces.literals
+            starts = [0]
+            for literal in edges[:-1]:
+                starts.append(starts[-1] + len(literal))
+            contents = tuple(
+                (start + before, start + after)
+                for start, before, after in zip(starts[1:], lengths[:-1], lengths[1:], strict=True)
+            )
+        if self.supervise == "all":
+            return RenderedChat(text, (), contents)
+        return self._chat(conversation, text, layout, lengths, contents, slots)
+
+    def _chat(
+        self,
+        conversation: Conversation,
+        text: str,
+        layout: Layout,
+        lengths: Sequence[int],
+        contents: tuple[tuple[int, int], ...],
+        slots: Sequence[str],
+    ) -> RenderedChat:
+        spans, unlike, lost = [], "", 0
+        for index in supervised_turns(conversation, self.supervise):
+            turn = layout.turns[index]
+            if turn.stopless:
+                refuse_without_stop(conversation, index, _with_texts(turn.reason, slots))
+            if turn.reason:
+                return self._from_marks(conversation, text, _with_texts(turn.reason, slots))
+            spans.append((turn.start[0] + lengths[turn.start[1]], turn.end[0] + lengths[turn.end[1]]))
+            unlike = unlike or _with_texts(turn.unlike_served, slots)
+            lost += turn.lost_reasoning
+        if layout.lost:
+            return self._from_marks(conversation, text, layout.lost)
+        return RenderedChat(text, tuple(spans), contents, unlike, lost)
+
+    def _learn(self, shape: Shape) -> Layout | str:
+        """The layout of a shape, or why there is none."""
+        skeleton, owners = skeleton_of(shape)
+        try:
+            text = self.template.render([skeleton])[0]
+        except UserError as error:
+            return f"it refuses a row of this form with other texts: {error.__cause__}"
+        return read_layout(self.template, skeleton, owners, cut(text))
+
+    def _from_marks(self, conversation: Conversation, text: str, reason: str) -> RenderedChat:
+        """The spans between the template's marks, each made to end with its stop token."""
+        if self.supervise == "all":
+            return RenderedChat(text, ())
+        turns = conversation.assistant_turns()
+        if not self.template.has_marks:
+            raise UserError(
+                f"{conversation.origin}: the chat template does not show where an assistant turn is: {reason}; "
+                f"{WAY_OUT}"
+            )
+        marked = self.template.marked_spans(conversation)
+        if len(marked) != len(turns):
+            raise UserError(
+                f"{conversation.origin}: the template's {{% generation %}} marks hold {len(marked)} texts for "
+                f"{len(turns)} assistant turns; mend the marks in model.chat_template, or set data.supervise=all"
+            )
+        wanted = set(supervised_turns(conversation, self.supervise))
+        spans = []
+        for turn, (start, end) in zip(turns, marked, strict=True):
+            tail = re.search(rf"(?:\s*{self.template.special_token.pattern})+\s*$", text[start:end])
+            stop = self.template.stop_after(text, start + tail.start() if tail else end)
+            if stop is None:
+                refuse_without_stop(conversation, turn, text[start:end])
+            if turn in wanted:
+                spans.append((start, stop))
+        return RenderedChat(text, tuple(spans))
+
+
+def supervised_spans(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[RenderedChat]:
+    """Render conversations and find all that the assistant says in them; see `TurnFinder.find`."""
+    return TurnFinder(template).find(conversations)
+
+
+def refuse_without_stop(conversation: Conversation, turn: int, written: str) -> None:
+    """Tell of a turn that ends without a stop token.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"{conversation.origin}, message {turn + 1}: the chat template writes no stop token after an assistant turn, "
+        f"which ends in {written[-40:]!r}; a model trained so never learns to stop. A stop token must be a special "
+        "token of the tokenizer: name it in model.special_tokens, as in `eos_token: <|im_end|>`, or give a template "
+        "that writes the tokenizer's own as model.chat_template"
+    )
+
+
+def _with_texts(reason: str, slots: Sequence[str]) -> str:
+    """What is told of a skeleton, told of the row."""
+    return STAND_IN.sub(lambda match: slots[int(match[1])], reason)
+
+
+def _difference(first: str, second: str) -> str:
+    """Where two texts part, with what each has there."""
+    at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return f"{first[max(0, at - 20) : at + 30]!r} against {second[max(0, at - 20) : at + 30]!r}"

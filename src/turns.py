@@ -1,0 +1,275 @@
+"""Where the assistant's turns are in a rendered skeleton, told by the prompts that the template gives for them.
+
+    layout = read_layout(template, skeleton, owners, cut(text))
+    layout.turns[1].start                  # characters of the template's own, and texts of the row, before the turn
+
+A turn begins where the prompt ends that the template writes for it. It ends where the template would begin to ask for
+another turn right after it, and of what stands there, with its stop token.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from src.chat import CALL_STOPS, ChatTemplate
+from src.formats import Conversation
+from src.skeletons import STAND_IN, Pieces
+from utils.errors import UserError
+
+TURNS_READ_WHOLE = 8
+"""Turns of a conversation whose prompts are rendered each; of a longer one, these many first, the last, and one of each
+kind, and the others must read as a turn of their kind does. So the cost stays linear in the number of turns."""
+
+REASONING_OPENER = re.compile(r"(?:<think>|<\|channel>thought).*$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant message: `start` and `end` as `Pieces.place` gives them, or the `reason` why they do not show.
+
+    `stopless`: the template writes no stop token; then `reason` is the text of the turn.
+    """
+
+    start: tuple[int, int] = (0, 0)
+    end: tuple[int, int] = (0, 0)
+    reason: str = ""
+    stopless: bool = False
+    unlike_served: str = ""
+    lost_reasoning: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The pieces of a shape and its assistant turns by message; `lost` names what the template leaves out."""
+
+    pieces: Pieces
+    turns: dict[int, Turn]
+    lost: str = ""
+
+
+def read_layout(template: ChatTemplate, skeleton: Conversation, owners: Sequence[int], pieces: Pieces) -> Layout:
+    """Find all assistant turns of a rendered skeleton.
+
+    Args:
+        owners: for each stand-in, the message that it belongs to.
+    """
+    reader = _Reader(template, skeleton, owners, pieces)
+    return Layout(pieces, reader.turns(), reader.lost())
+
+
+@dataclass
+class _Reader:
+    """A skeleton's rendering beside those of its beginnings."""
+
+    template: ChatTemplate
+    skeleton: Conversation
+    owners: Sequence[int]
+    pieces: Pieces
+    rendered: dict[tuple[int, bool], str | None] = field(default_factory=dict)
+
+    def turns(self) -> dict[int, Turn]:
+        turns: dict[int, Turn] = {}
+        known: dict[str, tuple[str, str, str]] = {}
+        indices = self.skeleton.assistant_turns()
+        for count, index in enumerate(indices):
+            kind = self._kind(index)
+            whole = count < TURNS_READ_WHOLE or index == indices[-1]
+            turn = None if whole or kind not in known else self._alike(index, *known[kind])
+            if turn is None:
+                turn, around = self._read(index)
+                if around:
+                    known[kind] = around
+            turns[index] = turn
+        return turns
+
+    def lost(self) -> str:
+        """What the template does not write of messages that are not the assistant's, and of the tools."""
+        written = set(self.pieces.numbers)
+        for number, owner in enumerate(self.owners):
+            role = self.skeleton.messages[owner]["role"]
+            if number not in written and role != "assistant":
+                return f"it leaves out message {owner + 1}, of role {role}, when an answer follows"
+        names = [tool.get("function", tool).get("name", "") for tool in self.skeleton.tools]
+        first = self.pieces.borders[0][0] if self.pieces.borders else len(self.pieces.text)
+        if names and not any(name and name in self.pieces.text for name in names) and first:
+            return "it leaves out the tools"
+        return ""
+
+    def _kind(self, index: int) -> str:
+        """What is the same for turns that a template writes alike: the messages around them without their texts."""
+        around = self.skeleton.messages[max(0, index - 1) : index + 2]
+        return STAND_IN.sub("", repr([sorted(m.items(), key=lambda item: item[0]) for m in around]))
+
+    def _prefix(self, count: int, generation_prompt: bool) -> str | None:
+        """The first messages as the template writes them; None where it refuses them."""
+        key = (count, generation_prompt)
+        if key not in self.rendered:
+            beginning = replace(self.skeleton, messages=self.skeleton.messages[:count])
+            try:
+                self.rendered[key] = self.template.render([beginning], generation_prompt=generation_prompt)[0]
+            except UserError:
+                self.rendered[key] = None
+        return self.rendered[key]
+
+    def _generation_prompt(self) -> str | None:
+        """What the template adds to ask for a turn; None where that does not show."""
+        for index in self.skeleton.assistant_turns():
+            asked, told = self._prefix(index, True), self._prefix(index, False)
+            if index and asked is not None and told is not None:
+                at = 0
+                for a, b in zip(asked, told, strict=False):
+                    if a != b:
+                        break
+                    at += 1
+                inside = (m for m in self.template.special_token.finditer(asked) if m.start() < at < m.end())
+                return asked[next((m.start() for m in inside), at) :]
+        return None
+
+    def _own(self, index: int) -> list[tuple[int, int]]:
+        """The borders of a message's stand-ins in the text."""
+        numbers = zip(self.pieces.numbers, self.pieces.borders, strict=True)
+        return [borders for number, borders in numbers if self.owners[number] == index]
+
+    def _gap(self, index: int) -> tuple[int, int]:
+        """From the last text of earlier messages to the first one of the turn, or of what follows it."""
+        floor, ceiling = 0, len(self.pieces.text)
+        for number, (start, end) in zip(self.pieces.numbers, self.pieces.borders, strict=True):
+            if self.owners[number] < index:
+                floor = max(floor, end)
+            else:
+                ceiling = min(ceiling, start)
+        return floor, ceiling
+
+    def _read(self, index: int) -> tuple[Turn, tuple[str, str, str] | None]:
+        """A turn, and what the template writes before, around and after it where turns of its kind can be told so."""
+        text, own = self.pieces.text, self._own(index)
+        start, unlike = self._start(index, own)
+        if start is None:
+            return Turn(reason=unlike), None
+        end = self._end(index, own)
+        if end is None:
+            return Turn(reason="it writes the turn in another way once more messages follow"), None
+        missing = self._missing(index, text[start:end])
+        if missing and missing != "reasoning":
+            return Turn(reason=missing), None
+        stop = self._stop(index, own, start, end)
+        if stop is None:
+            return Turn(reason=text[start:end], stopless=True), None
+        if any(start <= a < stop and self.owners[n] != index for n, (a, _) in self._numbered()):
+            return Turn(reason="it writes another message within the turn"), None
+        if any(not start <= a < stop for a, _ in own):
+            return Turn(reason="it writes parts of the turn outside of it"), None
+        turn = Turn(
+            self.pieces.place(start),
+            self.pieces.place(stop),
+            unlike_served=unlike,
+            lost_reasoning=missing == "reasoning",
+        )
+        floor, _ = self._gap(index)
+        around = (text[floor:start], text[start : own[0][0]], text[own[-1][1] : stop]) if own and floor else None
+        return turn, around if len(own) == 1 else None
+
+    def _numbered(self) -> list[tuple[int, tuple[int, int]]]:
+        return list(zip(self.pieces.numbers, self.pieces.borders, strict=True))
+
+    def _alike(self, index: int, before: str, opening: str, closing: str) -> Turn | None:
+        """A turn with one text, where the template writes the same around it as around another of its kind."""
+        text, own = self.pieces.text, self._own(index)
+        if len(own) != 1:
+            return None
+        at = own[0][0] - len(opening)
+        previous = max((end for _, (_, end) in self._numbered() if end <= own[0][0]), default=0)
+        if text[previous : own[0][0]] != before + opening or not text.startswith(closing, own[0][1]):
+            return None
+        return Turn(self.pieces.place(at), self.pieces.place(own[0][1] + len(closing)))
+
+    def _start(self, index: int, own: Sequence[tuple[int, int]]) -> tuple[int | None, str]:
+        """Where the turn begins, and why a server's prompt would be another; or None, and why it does not show."""
+        text = self.pieces.text
+        prompt = self._prefix(index, True) if index else None
+        if prompt is not None and text.startswith(prompt):
+            return len(prompt), ""
+        floor, ceiling = self._gap(index)
+        gap = text[floor:ceiling]
+        why = "it refuses the messages before the turn"
+        if prompt is not None:
+            why = f"its prompt for message {index + 1} ends in {prompt[-40:]!r}, where the row has {gap[-40:]!r}"
+            last = list(STAND_IN.finditer(prompt))
+            closing = prompt[last[-1].end() :] if last else ""
+            if closing and self.owners[int(last[-1][1])] == index - 1 and gap.startswith(closing):
+                return floor + len(closing), why
+        asked = self._generation_prompt() or ""
+        short = REASONING_OPENER.sub("", asked)
+        for header in (asked, short, short.rstrip()):
+            if header.strip() and gap.count(header) == 1:
+                return floor + gap.index(header) + len(header), why if index else ""
+        if index == 0 and own:
+            return own[0][0], ""
+        return None, f"its generation prompt is not what it writes before the turn: {why}"
+
+    def _end(self, index: int, own: Sequence[tuple[int, int]]) -> int | None:
+        """Where the template has closed the turn; None where that does not show."""
+        text = self.pieces.text
+        if index + 1 == len(self.skeleton.messages):
+            return len(text)
+        asked, again = self._generation_prompt(), self._prefix(index + 1, True)
+        if asked is not None and again is not None and again.endswith(asked):
+            closed = again[: len(again) - len(asked)]
+            if text.startswith(closed):
+                return len(closed)
+            last = list(STAND_IN.finditer(closed))
+            if own and last and self.owners[int(last[-1][1])] == index:
+                tail = closed[last[-1].end() :]
+                if tail and text.startswith(tail, own[-1][1]):
+                    return own[-1][1] + len(tail)
+        closed = self._prefix(index + 1, False)
+        return len(closed) if closed is not None and text.startswith(closed) else None
+
+    def _missing(self, index: int, written: str) -> str:
+        """What the turn lacks of its message: "reasoning" for reasoning alone, else a reason to refuse it."""
+        message, shown = self.skeleton.messages[index], set(STAND_IN.findall(written.replace('\\"', '"')))
+        content = message.get("content")
+        answer = STAND_IN.findall(str(content).rsplit("</think>", 1)[-1].replace('\\"', '"'))
+        if any(stand_in not in shown for stand_in in answer):
+            return f"it leaves out the content of message {index + 1}"
+        calls = message.get("tool_calls") or ()
+        for call in calls:
+            name = str(call.get("function", call).get("name", ""))
+            inner = STAND_IN.findall(repr(call).replace('\\"', '"'))
+            if name not in written or any(stand_in not in shown for stand_in in inner):
+                return f"it leaves out the call of {name} in message {index + 1}"
+        numbers = {int(number) for number, _ in shown}
+        owned = {number for number, owner in enumerate(self.owners) if owner == index}
+        return "reasoning" if owned - numbers else ""
+
+    def _stop(self, index: int, own: Sequence[tuple[int, int]], start: int, end: int) -> int | None:
+        """The end of the turn's stop token; None where it has none."""
+        text = self.pieces.text
+        tail = max(start, own[-1][1]) if own else start
+        if own and not self.skeleton.messages[index].get("tool_calls"):
+            stop = self.template.stop_after(text, tail)
+            if stop is not None and stop <= end:
+                return stop
+        run = re.search(rf"(?:\s*{self.template.special_token.pattern})+\s*$", text[tail:end])
+        if run is None:
+            return None
+        closers = {self.template.tokenizer.eos_token, *CALL_STOPS, *self._plain_stops()}
+        for special in self.template.special_token.finditer(text, tail + run.start(), end):
+            if special.group() in closers:
+                return special.end()
+        return None
+
+    def _plain_stops(self) -> set[str]:
+        """The tokens that the template ends a plain answer with, as the last message and before others."""
+        turns = [("user", "1"), ("assistant", '"xq7'), ("user", "2"), ("assistant", '"xq7')]
+        messages = tuple({"role": role, "content": content} for role, content in turns)
+        stops = set()
+        for count in (2, 4):
+            try:
+                text = self.template.render([Conversation(messages[:count], "probe")])[0]
+            except UserError:
+                continue
+            for answer in re.finditer('"xq7', text):
+                stop = self.template.stop_token.match(text, answer.end())
+                stops |= {stop.group().strip()} if stop else set()
+        return stops
