@@ -15,8 +15,11 @@ from typing import Any
 
 from config.schema import AdapterConfig, OptimConfig, RunConfig, SourceConfig, TrackingConfig
 
-FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-"""Endings that make a source's path a local file; any other path is a Hub data set's id."""
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
+"""Endings that make a source's path local files; any other path is a folder or a Hub data set's id."""
+
+SOURCE_ROLES = ("system", "developer", "user", "assistant", "tool", "function_call")
+"""What a speaker's name in a file can stand for."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _ADAM_FIELDS = ("beta1", "beta2", "eps")
@@ -215,14 +218,29 @@ def _data(config: RunConfig) -> Iterator[str]:
         )
     for part, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources):
-            changed = _changed(source, ("subset", "split", "revision"))
-            if changed and is_local_file(source):
-                name = f"data.{part}.{index}"
-                given = ", ".join(f"{name}.{key}={getattr(source, key)}" for key in changed)
-                yield (
-                    f"{given} given with {name}.path={source.path}, a local file, which has no such thing; leave it "
-                    f"out, or give a Hub data set's id as {name}.path"
-                )
+            yield from _source(source, f"data.{part}.{index}")
+    weightless = [f"data.train.{index}" for index, source in enumerate(data.train) if source.weight is None]
+    if 0 < len(weightless) < len(data.train):
+        yield f"{', '.join(weightless)} has no weight and others have; give each source of data.train one, or none"
+    for index, source in enumerate(data.eval):
+        for key in _changed(source, ("epochs", "weight")):
+            yield (
+                f"data.eval.{index}.{key}={getattr(source, key)} is given, and evaluation rows are measured once each; "
+                "leave it out"
+            )
+
+
+def _source(source: SourceConfig, name: str) -> Iterator[str]:
+    changed = _changed(source, ("subset", "split", "revision"))
+    if changed and is_local_file(source):
+        given = ", ".join(f"{name}.{key}={getattr(source, key)}" for key in changed)
+        yield (
+            f"{given} given with {name}.path={source.path}, a local file, which has no such thing; leave it "
+            f"out, or give a Hub data set's id as {name}.path"
+        )
+    for speaker, role in source.roles.items():
+        if role not in SOURCE_ROLES:
+            yield f"{name}.roles: {speaker}: {role} is no role; allowed are {', '.join(SOURCE_ROLES)}"
 
 
 def _optim(config: RunConfig) -> Iterator[str]:

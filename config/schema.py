@@ -85,25 +85,42 @@ class SourceConfig:
     """One source of rows."""
 
     path: str = ""
-    """A json, jsonl, csv, parquet or txt file, or a Hub data set's id."""
+    """A json, jsonl, csv, parquet, arrow or txt file, which may be packed as .gz or .zst; a folder or a glob of them,
+    such as `logs/*.jsonl`; a folder that `save_to_disk` wrote; or a Hub data set's id."""
 
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    format: Literal[
+        "auto", "messages", "prompt_completion", "question_answer", "alpaca", "sharegpt", "text", "tokenized"
+    ] = "auto"
     """What a row holds. `auto`: told from the column names; a doubtful case is an error that lists them."""
 
     columns: dict[str, str] = field(default_factory=dict)
     """New names of columns, as expected name: name in the file, such as `prompt: question`. Empty: the file's own."""
 
+    roles: dict[str, str] = field(default_factory=dict)
+    """Roles of the speakers, as name in the file: role, such as `bot: assistant`. A role is `system`, `developer`,
+    `user`, `assistant`, `tool`, or `function_call` for a tool call of the assistant as JSON. Empty: the usual ones."""
+
     subset: str | None = None
     """Configuration of a Hub data set. None: its default one."""
 
     split: str = "train"
-    """Split of a Hub data set, such as `train` or `test[:10%]`. Of no meaning for a file."""
+    """Split of a Hub data set, such as `train` or `test[:10%]`; or of a folder, whose files' names say theirs. Of no
+    meaning for a file."""
 
     revision: str | None = None
     """Branch, tag or commit of a Hub data set. None: its default branch."""
 
     max_rows: int | None = _limited(None, ge=1)
     """Most rows taken, from the start, at least 1. None: all."""
+
+    epochs: int = _limited(1, ge=1)
+    """Times that a row of this source may stand in one pass over the training rows, at least 1: each does, or with
+    weights, each of the source that runs out first."""
+
+    weight: float | None = _limited(None, gt=0)
+    """Share of this source in the rows of a pass, over the sum of all weights; above 0, for all of data.train or none.
+    The pass ends where the first source has given all its rows `epochs` times; of the others a choice by `data.seed`
+    is taken. None: all rows of every source are taken."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,9 @@ class DataConfig:
     eval_fraction: float = _limited(0.0, ge=0, le=0.5)
     """Share of the training rows set aside for evaluation, from 0 to 0.5; chosen by each row's content, so that equal
     rows always fall on the same side."""
+
+    seed: int = _limited(42, ge=0)
+    """Seed of what is chosen from sources with a weight, and of their order, 0 or above."""
 
     max_length: int = _limited(2048, ge=8)
     """Most tokens in a row and in a pack of rows, at least 8 and at most the model's context."""

@@ -8,12 +8,13 @@ Nothing is left out unseen: each drop has a reason and a count in the report, an
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -21,8 +22,10 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig, SourceConfig
-from src.formats import Conversation, TextRow, detect_format, require_assistant_turns, to_rows
-from src.sources import SourceRows, read_source
+from src.formats import Conversation, IdsRow, Sample, TextRow, require_assistant_turns, row_converter
+from src.mixing import mixed_order, rows_of_a_pass
+from src.pretokenized import checked_ids
+from src.sources import SourceRows, open_source
 from src.tokenization import RowEncoder, TokenRow
 from utils.errors import UserError
 from utils.logging import get_logger
@@ -59,7 +62,14 @@ class _Source:
 
     found: SourceRows
     format: str
-    rows: list[Conversation] | list[TextRow]
+    rows: Sequence[Sample]
+    rows_read: int
+    rows_in_eval: int = 0
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the rows are conversations."""
+        return self.format not in ("text", "tokenized")
 
 
 @dataclass
@@ -102,7 +112,9 @@ def build_datasets(
     held_out = [_read(source, f"data.eval.{i}", config) for i, source in enumerate(config.eval)]
     if not held_out and config.eval_fraction > 0:
         train, held_out = _split(train, config.eval_fraction)
-    chat = any(source.format != "text" for source in (*train, *held_out))
+    elif held_out:
+        train = _apart(train, held_out)
+    chat = any(source.is_chat for source in (*train, *held_out))
     encoder = RowEncoder.of(
         tokenizer,
         config.supervise,
@@ -140,19 +152,29 @@ def build_datasets(
 
 
 def _read(source: SourceConfig, name: str, config: DataConfig) -> _Source:
-    found = read_source(source, name)
-    told = source.format == "auto"
-    format_name = detect_format(found) if told else source.format
+    found = open_source(source, name)
+    convert = row_converter(found, source.format)
+    rows = [convert(row) for row in found]
+    unused = [column for column in found.columns if column not in convert.columns()]
     log.info(
-        "%s: %d rows, %s as %s (columns %s)",
+        "%s: %d rows, %s as %s (columns %s%s)",
         source.path,
-        len(found.rows),
-        "taken" if told else "given",
-        format_name,
-        ", ".join(found.columns),
+        len(rows),
+        "taken" if source.format == "auto" else "given",
+        convert.format,
+        ", ".join(column for column in found.columns if column not in unused),
+        f"; {', '.join(unused)} left out" if unused else "",
     )
-    rows = to_rows(found, format_name)
-    if format_name != "text" and config.supervise == "assistant":
+    taken = _Source(found, convert.format, rows, len(rows))
+    first_labels = [row.origin for row in rows if isinstance(row, IdsRow) and row.first_label_dropped]
+    if first_labels:
+        log.warning(
+            "%d rows of %s supervise their first token, which no token comes before; its label is taken as -100: %s",
+            len(first_labels),
+            source.path,
+            ", ".join(first_labels[:3]),
+        )
+    if taken.is_chat and config.supervise == "assistant":
         require_assistant_turns(rows, source.path)
         empty = [row.origin for row in rows if row.has_empty_answer()]
         if empty:
@@ -162,12 +184,15 @@ def _read(source: SourceConfig, name: str, config: DataConfig) -> _Source:
                 source.path,
                 ", ".join(empty[:3]),
             )
-    return _Source(found, format_name, rows)
+    return taken
 
 
-def content_hash(row: Conversation | TextRow) -> str:
+def content_hash(row: Sample) -> str:
     """The SHA-256 of a row's content as canonical JSON: the same for equal rows, wherever they were read."""
-    content = row.text if isinstance(row, TextRow) else {"messages": list(row.messages), "tools": list(row.tools)}
+    if isinstance(row, Conversation):
+        content: Any = {"messages": list(row.messages), "tools": list(row.tools)}
+    else:
+        content = row.text if isinstance(row, TextRow) else list(row.input_ids)
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -184,8 +209,8 @@ def _split(sources: Sequence[_Source], fraction: float) -> tuple[list[_Source], 
         sides: tuple[list[Any], list[Any]] = ([], [])
         for row in source.rows:
             sides[int(content_hash(row)[:16], 16) < limit].append(row)
-        train.append(_Source(source.found, source.format, sides[0]))
-        held_out.append(_Source(source.found, source.format, sides[1]))
+        train.append(replace(source, rows=sides[0]))
+        held_out.append(replace(source, rows=sides[1]))
     counts = [sum(len(source.rows) for source in side) for side in (train, held_out)]
     if 0 in counts:
         raise UserError(
@@ -197,15 +222,33 @@ def _split(sources: Sequence[_Source], fraction: float) -> tuple[list[_Source], 
     return train, held_out
 
 
-def _encoded(rows: Sequence[Conversation] | Sequence[TextRow], encoder: RowEncoder, max_length: int) -> list[TokenRow]:
+def _apart(train: Sequence[_Source], held_out: Sequence[_Source]) -> list[_Source]:
+    """The training sources without the rows that stand in the evaluation sources too, which are told."""
+    measured = {bytes.fromhex(content_hash(row)) for source in held_out for row in source.rows}
+    apart = []
+    for source in train:
+        both = {row.origin for row in source.rows if bytes.fromhex(content_hash(row)) in measured}
+        if both:
+            log.warning(
+                "%d rows of %s stand in data.eval too; they are left out of training: %s",
+                len(both),
+                source.found.path,
+                ", ".join(row.origin for row in itertools.islice((r for r in source.rows if r.origin in both), 3)),
+            )
+        kept = [row for row in source.rows if row.origin not in both]
+        apart.append(replace(source, rows=kept, rows_in_eval=len(both)))
+    return apart
+
+
+def _encoded(rows: Sequence[Sample], encoder: RowEncoder, max_length: int) -> list[TokenRow]:
     if isinstance(rows[0], TextRow):
         return encoder.encode_texts(rows, max_length)
+    if isinstance(rows[0], IdsRow):
+        return checked_ids(rows, len(encoder.tokenizer))
     return encoder.encode_conversations(rows)
 
 
-def _batches(
-    rows: Sequence[Conversation] | Sequence[TextRow], encoder: RowEncoder, config: DataConfig
-) -> Iterator[list[TokenRow]]:
+def _batches(rows: Sequence[Sample], encoder: RowEncoder, config: DataConfig) -> Iterator[list[TokenRow]]:
     parts = [rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)]
     if config.workers in (None, 1) or len(parts) < 2:
         for part in parts:
@@ -249,7 +292,19 @@ def _tokenize(
             f"no {side} row is left: {report['dropped'] or 'none was given'}; raise data.max_length="
             f"{config.max_length}, or set data.overlong=truncate (now {config.overlong})"
         )
-    return datasets.concatenate_datasets(tables), report, origins
+    table = datasets.concatenate_datasets(tables)
+    if side == "train" and any(source.weight or source.epochs > 1 for source in config.train):
+        table = _mixed(table, accounts, config)
+    return table, report, origins
+
+
+def _mixed(table: datasets.Dataset, accounts: Sequence[dict[str, Any]], config: DataConfig) -> datasets.Dataset:
+    """The rows of one pass; each source's account gets their number."""
+    rows = [account["rows_kept"] for account in accounts]
+    for account, given in zip(accounts, rows_of_a_pass(rows, config.train), strict=True):
+        account["rows_a_pass"] = given
+        log.info("%s: %d rows stand in one pass", account["path"], given)
+    return table.select(mixed_order(rows, config.train, config.seed))
 
 
 def _within_length(rows: Iterable[TokenRow], config: DataConfig, tally: _Tally) -> Iterator[TokenRow]:
@@ -313,7 +368,8 @@ def _account(source: _Source, tally: _Tally) -> dict[str, Any]:
         "columns": list(source.found.columns),
         "sha256": source.found.sha256,
         "revision": source.found.revision,
-        "rows_read": len(source.found.rows),
+        "rows_read": source.rows_read,
+        "rows_in_train_and_eval": source.rows_in_eval,
         "rows": len(source.rows),
         "rows_kept": tally.rows_kept,
         "dropped": dict(tally.dropped),

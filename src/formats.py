@@ -1,61 +1,67 @@
-"""Formats: what a row of a data file holds -> one conversation type, or a text.
+"""Formats: what a row of a data file holds -> one conversation type, a text, or ids.
 
-    name = detect_format(found)                # "alpaca", told from the columns and the first values
-    rows = to_rows(found, name)                # [Conversation(messages=({"role": "user", ...}, ...)), ...]
+    convert = row_converter(found)             # told from the columns and the first values
+    convert.format                             # "alpaca"
+    convert(row)                               # Conversation(messages=({"role": "user", ...}, ...), ...)
 
-| format            | columns                                                                           |
-|-------------------|-----------------------------------------------------------------------------------|
-| messages          | `messages` or `conversations`: a list of {role, content}                          |
-| sharegpt          | `conversations` or `messages`: a list of {from, value}                            |
-| prompt_completion | `prompt` and `completion`: each a text, or a list of {role, content}              |
-| alpaca            | `instruction` and `output`; optional `input`, `history` ([[user, assistant], ...]) |
-| text              | `text`                                                                            |
+| format            | columns                                                                             |
+|-------------------|-------------------------------------------------------------------------------------|
+| messages          | `messages` or `conversations`: a list of {role, content}, or its JSON               |
+| sharegpt          | `conversations` or `messages`: a list of {from, value}, or its JSON                 |
+| prompt_completion | `prompt` and `completion`: each a text, or a list of {role, content}                |
+| question_answer   | `question` and `answer`: texts                                                      |
+| alpaca            | `instruction` and `output`; optional `input`, `history` ([[user, assistant], ...])  |
+| text              | `text`                                                                              |
+| tokenized         | `input_ids`; optional `labels` (unshifted; -100: not supervised), `attention_mask`  |
 
-Every format but text may also have `system` (a text, put first) and `tools` (a list of JSON schemas, or its JSON).
+Every format but text and tokenized may also have `system` (a text, put first) and `tools` (a list of JSON schemas, or
+its JSON). `src.messages` says what a message may hold.
 """
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from src.messages import checked_message, parsed, sharegpt_message, tool_schemas
 from src.sources import Row, SourceRows
 from utils.errors import UserError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 EXPECTED = {
     "messages": "`messages` or `conversations`, a list of {role, content}",
     "sharegpt": "`conversations` or `messages`, a list of {from, value}",
     "prompt_completion": "`prompt` and `completion`",
+    "question_answer": "`question` and `answer`",
     "alpaca": "`instruction` and `output`, optionally `input`, `system`, `history`",
     "text": "`text`",
+    "tokenized": "`input_ids`, optionally `labels`",
 }
+REQUIRED = {
+    "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+    "tokenized": ("input_ids",),
+}
+OPTIONAL = {"alpaca": ("input", "history"), "tokenized": ("labels", "attention_mask")}
+TURN_COLUMNS = ("messages", "conversations")
+IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Conversation:
     """Messages as chat templates take them, and the place they were read from.
 
-    Each message has a `role` of ROLES and a `content` text; an assistant's may have `tool_calls`. `tools` are the JSON
-    schemas offered to the model; empty: none.
+    Each message has a `role` of src.messages.ROLES and a `content` text; an assistant's may have `tool_calls` and one
+    of REASONING_FIELDS. `tools` are the JSON schemas offered to the model; empty: none. `untrained` are the indices of
+    the assistant's messages that the file marks as not to be trained. `completion_start` is the index of the first
+    message of the completion, where the format parts it from the prompt; None: it does not.
     """
 
     messages: tuple[dict[str, Any], ...]
     origin: str
     tools: tuple[dict[str, Any], ...] = ()
+    untrained: tuple[int, ...] = ()
+    completion_start: int | None = None
 
     def assistant_turns(self) -> list[int]:
         """Indices of the assistant's messages."""
@@ -66,8 +72,8 @@ class Conversation:
         return len(self.messages) > 1 and self.messages[-1]["role"] == "assistant"
 
     def has_empty_answer(self) -> bool:
-        """Whether the assistant says nothing in one of its turns, and calls no tool."""
-        turns = (self.messages[turn] for turn in self.assistant_turns())
+        """Whether the assistant says nothing in one of its trained turns, and calls no tool."""
+        turns = (self.messages[turn] for turn in self.assistant_turns() if turn not in self.untrained)
         return any(not turn["content"].strip() and not turn.get("tool_calls") for turn in turns)
 
 
@@ -77,6 +83,65 @@ class TextRow:
 
     text: str
     origin: str
+
+
+@dataclass(frozen=True)
+class IdsRow:
+    """A row that is tokenized already: `labels` is as long as `input_ids`, -100 or the id of its own token, and -100
+    at the first. `first_label_dropped`: the file supervised the first token, which no token comes before.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    origin: str
+    first_label_dropped: bool = False
+
+
+Sample = Conversation | TextRow | IdsRow
+
+
+@dataclass(frozen=True)
+class RowConverter:
+    """Turns one row of a source at a time into a sample; it can be sent to another process.
+
+    `turns` is the column of the messages, for the formats that have one; `roles` maps names in the file to roles.
+    """
+
+    format: str
+    turns: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read, if they are there."""
+        own = (*REQUIRED.get(self.format, (self.turns,)), *OPTIONAL.get(self.format, ()))
+        return own if self.format in ("text", "tokenized") else (*own, "system", "tools")
+
+    def __call__(self, row: Row) -> Sample:
+        """The row as a sample.
+
+        Raises:
+            UserError: a value is not what the format says; it names the row.
+        """
+        if self.format == "text":
+            return TextRow(_text(row, "text"), row.origin)
+        if self.format == "tokenized":
+            return _ids(row)
+        turns, completion_start = self._turns(row)
+        return _conversation(row, turns, completion_start, self.roles)
+
+    def _turns(self, row: Row) -> tuple[list[Any], int | None]:
+        """The messages, not checked yet, and the index of the completion's first."""
+        if self.format == "messages":
+            return _list(row, self.turns), None
+        if self.format == "sharegpt":
+            turns = enumerate(_list(row, self.turns), start=1)
+            return [sharegpt_message(turn, f"{row.origin}, message {n}", self.roles) for n, turn in turns], None
+        if self.format == "alpaca":
+            messages = _alpaca(row)
+            return messages, len(messages) - 1
+        columns, roles = REQUIRED[self.format], ("user", "assistant")
+        prompt, completion = (_side(row, column, role) for column, role in zip(columns, roles, strict=True))
+        return [*prompt, *completion], len(prompt)
 
 
 def detect_format(found: SourceRows) -> str:
@@ -110,51 +175,50 @@ def _expectations() -> str:
 
 
 def _first_value(found: SourceRows, column: str) -> Any:
-    """The first value of a column that is not empty."""
-    return next((row.values[column] for row in found.rows if row.values.get(column)), None)
+    """The first value of a column that is not empty, in the rows that were looked at."""
+    return next((row.values[column] for row in found.head if row.values.get(column) not in (None, "", [])), None)
 
 
-def _turns_column(found: SourceRows, key: str) -> str | None:
-    """The column with lists of dicts that have `key`."""
-    for column in ("messages", "conversations"):
+def _turns_columns(found: SourceRows, key: str) -> list[str]:
+    """The columns with lists of dicts that have `key`, or their JSON."""
+    fitting = []
+    for column in TURN_COLUMNS:
         value = _first_value(found, column)
-        if isinstance(value, list) and isinstance(value[0], dict) and key in value[0]:
-            return column
-    return None
+        if isinstance(value, str) and value.lstrip().startswith("[{"):
+            value = parsed(value, f"{found.path}: the first `{column}`")
+        if isinstance(value, list) and isinstance(value[0], dict) and value[0].get(key) is not None:
+            fitting.append(column)
+    return fitting
 
 
 def _fits(found: SourceRows, name: str) -> bool:
-    if name == "messages":
-        return _turns_column(found, "role") is not None
-    if name == "sharegpt":
-        return _turns_column(found, "from") is not None
-    required = {"prompt_completion": ("prompt", "completion"), "alpaca": ("instruction", "output"), "text": ("text",)}
-    return all(column in found.columns for column in required[name])
+    if name in REQUIRED:
+        return all(column in found.columns for column in REQUIRED[name])
+    return bool(_turns_columns(found, "role" if name == "messages" else "from"))
 
 
-def to_rows(found: SourceRows, name: str) -> list[Conversation] | list[TextRow]:
-    """Turn every row into a conversation, or into a text where `name` is "text".
+def row_converter(found: SourceRows, name: str = "auto") -> RowConverter:
+    """What turns the rows of `found` into samples; `auto` tells the format from the columns.
 
     Raises:
-        UserError: the source has not the format's columns, or a row's value is not what the format says; it names the
-            row.
+        UserError: as `detect_format`; or the source has not the columns of the format `name`, or has two columns of
+            messages.
     """
+    name = detect_format(found) if name == "auto" else name
     if not _fits(found, name):
         raise UserError(
             f"{found.name}.format={name} expects {EXPECTED[name]}; {found.path} has {', '.join(found.columns)}. "
             f"Rename columns with {found.name}.columns, or set another format"
         )
-    if name == "text":
-        return [TextRow(_text(row, "text"), row.origin) for row in found.rows]
-    key = {"messages": "role", "sharegpt": "from"}.get(name)
-    turns = _turns_column(found, key) if key else None
-    readers: dict[str, Callable[[Row], Iterable[dict[str, Any]]]] = {
-        "messages": lambda row: _messages(row, turns),
-        "sharegpt": lambda row: _sharegpt(row, turns),
-        "prompt_completion": _prompt_completion,
-        "alpaca": _alpaca,
-    }
-    return [_conversation(row, readers[name](row)) for row in found.rows]
+    if name in REQUIRED:
+        return RowConverter(name, roles=found.roles)
+    turns = _turns_columns(found, "role" if name == "messages" else "from")
+    if len(turns) > 1:
+        raise UserError(
+            f"{found.path} has {name} in two columns, {' and '.join(turns)} (columns {', '.join(found.columns)}); say "
+            f"which is meant: with {found.name}.columns, `messages: conversations` takes the second one"
+        )
+    return RowConverter(name, turns[0], found.roles)
 
 
 def require_assistant_turns(rows: Iterable[Conversation], path: str) -> None:
@@ -164,44 +228,33 @@ def require_assistant_turns(rows: Iterable[Conversation], path: str) -> None:
         UserError: some have no assistant turn; it names the first ones and their number.
     """
     rows = list(rows)
-    without = [row.origin for row in rows if not row.assistant_turns()]
+    without = [row.origin for row in rows if set(row.assistant_turns()) <= set(row.untrained)]
     if without:
         raise UserError(
-            f"{len(without)} of {len(rows)} rows of {path} have no assistant turn, so nothing in them would be "
-            f"trained: {', '.join(without[:3])}{' ...' if len(without) > 3 else ''}; remove them, or set "
+            f"{len(without)} of {len(rows)} rows of {path} have no assistant turn to train, so nothing in them would "
+            f"be trained: {', '.join(without[:3])}{' ...' if len(without) > 3 else ''}; remove them, or set "
             "data.supervise=all"
         )
 
 
-def _conversation(row: Row, turns: Iterable[dict[str, Any]]) -> Conversation:
-    messages = [_checked(message, number, row) for number, message in enumerate(turns, start=1)]
+def _conversation(row: Row, turns: list[Any], completion_start: int | None, roles: Mapping[str, str]) -> Conversation:
+    messages, untrained = [], []
+    for number, turn in enumerate(turns, start=1):
+        message, trained = checked_message(turn, f"{row.origin}, message {number}", roles)
+        if not trained and message["role"] == "assistant":
+            untrained.append(len(messages))
+        messages.append(message)
     system = _text(row, "system", default="")
     if system:
         if messages and messages[0]["role"] == "system":
             raise UserError(f"{row.origin} has a `system` column and a system message; remove one of them")
         messages.insert(0, {"role": "system", "content": system})
+        untrained = [index + 1 for index in untrained]
+        completion_start = None if completion_start is None else completion_start + 1
     if not messages:
         raise UserError(f"{row.origin} has no messages; remove the row")
-    return Conversation(tuple(messages), row.origin, _tools(row))
-
-
-def _checked(message: Any, number: int, row: Row) -> dict[str, Any]:
-    """A message without its empty keys, once its role and content are found right."""
-    where = f"{row.origin}, message {number}"
-    if not isinstance(message, dict):
-        raise UserError(f"{where} is of type {type(message).__name__}; it must be an object with role and content")
-    role = message.get("role")
-    if role not in ROLES:
-        raise UserError(f"{where} has role {role!r}; allowed are {', '.join(ROLES)}")
-    kept = {key: value for key, value in message.items() if value is not None}
-    if kept.get("tool_calls"):
-        kept.setdefault("content", "")
-    else:
-        kept.pop("tool_calls", None)
-    content = kept.get("content")
-    if not isinstance(content, str):
-        raise UserError(f"{where} ({role}) has content of type {type(content).__name__}; it must be a text")
-    return kept
+    tools = tool_schemas(row.values.get("tools"), row.origin)
+    return Conversation(tuple(messages), row.origin, tools, tuple(untrained), completion_start)
 
 
 def _text(row: Row, column: str, default: str | None = None) -> str:
@@ -214,71 +267,52 @@ def _text(row: Row, column: str, default: str | None = None) -> str:
 
 
 def _list(row: Row, column: str) -> list[Any]:
-    value = row.values.get(column)
+    value = parsed(row.values.get(column), f"{row.origin}: `{column}`")
     if not isinstance(value, list):
         raise UserError(f"{row.origin} has `{column}` of type {type(value).__name__}; it must be a list")
     return value
 
 
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{what} is not JSON ({error})") from error
-
-
-def _tools(row: Row) -> tuple[dict[str, Any], ...]:
-    """The row's tools, each in the form {"type": "function", "function": schema} that templates take."""
-    tools = row.values.get("tools")
-    if isinstance(tools, str):
-        tools = _parsed(tools, f"{row.origin}: `tools`") if tools.strip() else None
-    if not tools:
-        return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{row.origin} has `tools` that are not a list of objects")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-
-
-def _messages(row: Row, column: str) -> list[Any]:
-    return _list(row, column)
-
-
-def _sharegpt(row: Row, column: str) -> Iterable[dict[str, Any]]:
-    for number, turn in enumerate(_list(row, column), start=1):
-        where = f"{row.origin}, message {number}"
-        if not isinstance(turn, dict):
-            raise UserError(f"{where} is of type {type(turn).__name__}; it must be an object with from and value")
-        speaker = turn.get("from")
-        if speaker not in SHAREGPT_ROLES:
-            raise UserError(f"{where} is from {speaker!r}; allowed are {', '.join(SHAREGPT_ROLES)}")
-        message = {"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")}
-        if speaker == "function_call":
-            message = {"role": "assistant", "content": "", "tool_calls": _tool_calls(turn.get("value"), where)}
-        yield message
-
-
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    calls = _parsed(value, f"{where} (function_call)") if isinstance(value, str) else value
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise UserError(f"{where} (function_call) must be an object with name and arguments, or a list of them")
-    return [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
-
-
-def _prompt_completion(row: Row) -> list[Any]:
-    messages = []
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row.values.get(column)
-        messages += value if isinstance(value, list) else [{"role": role, "content": _text(row, column)}]
-    return messages
+def _side(row: Row, column: str, role: str) -> list[Any]:
+    """A prompt or a completion as messages."""
+    value = row.values.get(column)
+    return value if isinstance(value, list) else [{"role": role, "content": _text(row, column)}]
 
 
 def _alpaca(row: Row) -> list[dict[str, Any]]:
     """Instruction and input are one user message, a line feed between them."""
     messages = []
-    for pair in row.values.get("history") or []:
+    for pair in parsed(row.values.get("history") or [], f"{row.origin}: `history`"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise UserError(f"{row.origin} has a `history` that is not a list of [user, assistant] pairs")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = "\n".join(part for part in (_text(row, "instruction"), _text(row, "input", default="")) if part)
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
+
+
+def _ids(row: Row) -> IdsRow:
+    """A tokenized row, once its ids and labels are found right; without `labels`, all but the first are supervised."""
+    ids = _integers(row, "input_ids")
+    mask = parsed(row.values.get("attention_mask"), f"{row.origin}: `attention_mask`")
+    if mask is not None and (len(mask) != len(ids) or 0 in mask):
+        raise UserError(f"{row.origin} is padded (its attention_mask holds 0); give rows without padding")
+    if row.values.get("labels") is None:
+        return IdsRow(tuple(ids), (IGNORED, *ids[1:]), row.origin)
+    labels = _integers(row, "labels")
+    if len(labels) != len(ids):
+        raise UserError(f"{row.origin} has {len(ids)} input_ids and {len(labels)} labels; give one label an id")
+    wrong = next((at for at, (a, b) in enumerate(zip(ids, labels, strict=True)) if b not in (IGNORED, a)), None)
+    if wrong is not None:
+        raise UserError(
+            f"{row.origin}: label {labels[wrong]} at position {wrong} is neither -100 nor the id there, {ids[wrong]}; "
+            "labels are not shifted here: each stands where its own token stands"
+        )
+    return IdsRow(tuple(ids), (IGNORED, *labels[1:]), row.origin, labels[0] != IGNORED)
+
+
+def _integers(row: Row, column: str) -> list[int]:
+    """A list of whole numbers, or its JSON, with at least one."""
+    values = _list(row, column)
+    if not values or not all(type(value) is int for value in values):
+        raise UserError(f"{row.origin} has `{column}` that is not a list of at least one whole number")
+    return values

@@ -1,89 +1,183 @@
-"""Sources: a file, a folder of files or a Hub data set -> rows as plain dicts, each with its place for error messages.
+"""Sources: files, folders, globs, saved data sets or a Hub data set -> rows as plain dicts, each with its place.
 
-    found = read_source(SourceConfig(path="gsm8k/train.jsonl", columns={"prompt": "question"}), "data.train.0")
-    found.rows[0]  # Row(origin="gsm8k/train.jsonl line 1", values={"prompt": "Natalia sold clips ...", ...})
+    found = open_source(SourceConfig(path="gsm8k/train.jsonl", columns={"prompt": "question"}), "data.train.0")
+    found.columns, found.head                # told from the first rows
+    for row in found:                        # reads from the start, each time; one row is held at a time
+        row.origin, row.values               # "gsm8k/train.jsonl line 1", {"prompt": "Natalia sold clips ...", ...}
 
-Local files are read without the datasets cache and with no network, so that nested JSON keeps its exact shape.
+Local files are read without the datasets cache and with no network, so that nested JSON keeps its exact shape; so are
+the json files of a Hub data set, once they are downloaded.
 """
 
 import difflib
-import json
+import functools
+import glob
+import itertools
 import re
-import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pandas
 from datasets.exceptions import DatasetsError
+from huggingface_hub import HfFileSystem, hf_hub_download
 
 from config.schema import SourceConfig
+from src.files import COMPRESSIONS, FILE_TYPES, Row, file_rows, file_type, shorten
+from src.tables import data_set_rows
 from utils.errors import UserError
 from utils.files import sha256_of_file
+from utils.logging import get_logger
 
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-DOCUMENT_SEPARATOR = "<|endoftext|>"
+log = get_logger(__name__)
 
+HEAD_ROWS = 1000
+"""Rows from which columns and the format are told."""
 
-@dataclass(frozen=True)
-class Row:
-    """One row as it was read; `origin` says where, as `file line N` (counted from 1) or `file row N`."""
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the name of a folder's file that say which split it is, as the datasets library reads them."""
 
-    origin: str
-    values: dict[str, Any]
+Files = tuple[tuple[Path, str], ...]
+"""Files to read in order, each with its name in origins and errors."""
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """All rows taken from one source.
+    """One source, open for reading; iterating gives all its rows, from the start, as often as it is done.
 
-    `name` is the config's name of it, such as `data.train.0`; `columns` are those of all rows together, after
-    renaming; `sha256` maps each file to the digest of its bytes (empty for the Hub); `revision` is the Hub commit.
+    `name` is the config's name of it, such as `data.train.0`; `head` are its first rows, at most HEAD_ROWS; `columns`
+    are those of `head` together, after renaming. `roles` maps names in the file to roles. `files` are the local files,
+    and `revision` is the Hub commit. `read` gives the rows.
     """
 
     name: str
     path: str
     columns: tuple[str, ...]
-    rows: list[Row]
-    sha256: dict[str, str]
+    head: list[Row]
+    read: Callable[[], Iterable[Row]]
+    roles: dict[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
     revision: str | None = None
 
+    def __iter__(self) -> Iterator[Row]:
+        """Every row; once all are read, it is told how many held keys without a value that were taken out.
 
-def read_source(source: SourceConfig, name: str) -> SourceRows:
-    """Read the first `max_rows` rows of a source and rename their columns.
+        Raises:
+            UserError: a row cannot be read; it names the place.
+        """
+        cleaned = 0
+        first = ""
+        for row in self.read():
+            if row.cleaned:
+                first = first or row.origin
+                cleaned += 1
+            yield row
+        if cleaned:
+            log.warning(
+                "%s: %d rows held keys without a value, which a table has for keys of other rows; these keys are left "
+                "out, as templates would write them (%s)",
+                self.path,
+                cleaned,
+                first,
+            )
 
-    A json or jsonl file holds an array of objects, or an object a line. A txt file is one document; lines that hold
-    only `<|endoftext|>` part it into several. In a csv file every value is text, and an empty field is "".
+    def batches(self, rows: int = HEAD_ROWS) -> Iterator[list[Row]]:
+        """All rows in lists of `rows`; the last may be shorter."""
+        source = iter(self)
+        while batch := list(itertools.islice(source, rows)):
+            yield batch
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows at once, in memory."""
+        return list(self)
+
+    @functools.cached_property
+    def sha256(self) -> dict[str, str]:
+        """The digest of each local file's bytes, by its path."""
+        return {str(file): sha256_of_file(file) for file in self.files}
+
+
+def open_source(source: SourceConfig, name: str) -> SourceRows:
+    """Find a source and look at its first rows.
+
+    A path is a file; a glob such as `logs/*.jsonl`; a folder, of which the files are taken whose names say `split`, or
+    all if none says a split; a folder that `save_to_disk` wrote; or a Hub data set. The files of a folder or a glob are
+    read in the order of their names, and must be of one type.
 
     Raises:
         UserError: the source is missing, empty or unreadable, or `columns` names a column that it does not have.
     """
     path = Path(source.path).expanduser()
-    revision, sha256 = None, {}
+    files: Files = ()
+    revision = None
     if path.is_file():
-        rows = _read_file(path, source, name)
-        sha256 = {source.path: sha256_of_file(path)}
-    elif path.is_dir() or _may_be_on_hub(source.path):
-        rows, revision = _read_data_set(source, name)
-        if path.is_dir():
-            sha256 = {str(file): sha256_of_file(file) for file in sorted(path.rglob("*")) if file.suffix in FILE_TYPES}
-            revision = None
+        files = ((path, source.path),)
+    elif path.is_dir() and _is_saved(path):
+        read = functools.partial(_table, _saved(path, source, name), source.path)
+    elif path.is_dir():
+        files = _of_folder(path, source, name)
+    elif glob.has_magic(source.path):
+        files = _of_glob(str(path), name)
+    elif _may_be_on_hub(source.path):
+        read, revision = _on_hub(source, name)
     else:
         raise UserError(f"{name}.path={source.path!r} does not exist{_near_names(path)}")
-    if not rows:
+    if files:
+        read = functools.partial(_rows_of_files, files, name)
+    limited = functools.partial(_limited, read, source.max_rows)
+    head = list(itertools.islice(limited(), HEAD_ROWS))
+    if not head:
         raise UserError(f"{name}.path={source.path!r} has no rows; give a file with at least one, or leave it out")
-    columns = tuple(dict.fromkeys(column for row in rows for column in row.values))
     if source.columns:
-        rows = _rename(rows, columns, source.columns, name)
-        columns = tuple(dict.fromkeys(column for row in rows for column in row.values))
-    return SourceRows(name, source.path, columns, rows, sha256, revision)
+        _check_columns(head, source.columns, name)
+        limited = functools.partial(_renamed, limited, source.columns)
+        head = list(_renamed(lambda: head, source.columns))
+    columns = tuple(dict.fromkeys(column for row in head for column in row.values))
+    paths = tuple(file for file, _ in files)
+    return SourceRows(name, source.path, columns, head, limited, dict(source.roles), paths, revision)
+
+
+def _limited(read: Callable[[], Iterable[Row]], max_rows: int | None) -> Iterator[Row]:
+    return itertools.islice(read(), max_rows)
+
+
+def _rows_of_files(files: Files, name: str) -> Iterator[Row]:
+    for path, shown in files:
+        try:
+            yield from file_rows(path, shown)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+
+def _table(table: datasets.Dataset, shown: str) -> Iterator[Row]:
+    for number, (values, cleaned) in enumerate(data_set_rows(table), start=1):
+        yield Row(f"{shown} row {number}", values, cleaned)
+
+
+def _check_columns(head: list[Row], names: dict[str, str], name: str) -> None:
+    columns = dict.fromkeys(column for row in head for column in row.values)
+    for expected, given in names.items():
+        if given not in columns:
+            raise UserError(f"{name}.columns: {expected}: {given!r} is no column of it; it has {', '.join(columns)}")
+
+
+def _renamed(read: Callable[[], Iterable[Row]], names: dict[str, str]) -> Iterator[Row]:
+    """Give each row's values their expected names; a column of that name that was there before is replaced."""
+    moved = set(names.values()) | set(names)
+    for row in read():
+        values = {column: value for column, value in row.values.items() if column not in moved}
+        values |= {expected: row.values[given] for expected, given in names.items() if given in row.values}
+        yield Row(row.origin, values, row.cleaned)
 
 
 def _may_be_on_hub(path: str) -> bool:
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
-    return is_id and not path.lower().endswith(FILE_TYPES)
+    return is_id and file_type(Path(path)) is None
 
 
 def _near_names(path: Path) -> str:
@@ -91,153 +185,90 @@ def _near_names(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f", nor does its folder {str(folder)!r}; relative paths start at the folder the command runs in"
-    names = sorted(file.name for file in folder.iterdir() if file.is_dir() or file.suffix in FILE_TYPES)
+    names = sorted(file.name for file in folder.iterdir() if file.is_dir() or file_type(file))
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
     return f"; its folder has {', '.join(near)}" if near else "; its folder has no data files"
 
 
-def _read_file(path: Path, source: SourceConfig, name: str) -> list[Row]:
-    readers = {
-        ".json": _read_json,
-        ".jsonl": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-        ".txt": _read_text,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{name}.path={source.path!r} ends in {path.suffix!r}; use one of {', '.join(FILE_TYPES)}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{name}.path={source.path!r} is empty (0 bytes); give a file with at least one row")
-    return reader(path, source)
+def _one_type(files: list[Path], what: str) -> Files:
+    """The files with their names, once they are found to be of one type; json and jsonl are one."""
+    types = sorted({(file_type(file) or file.suffix).replace("jsonl", "json") for file in files})
+    if len(types) > 1:
+        raise UserError(f"{what} has files of types {', '.join(types)}; give a glob that takes those of one type")
+    return tuple((file, str(file)) for file in files)
 
 
-def _shorten(text: str, limit: int = 60) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= limit else text[:limit] + "...")
+def _of_glob(pattern: str, name: str) -> Files:
+    files = [path for path in sorted(map(Path, glob.glob(pattern, recursive=True))) if path.is_file()]
+    if not files:
+        raise UserError(f"{name}.path={pattern!r} fits no file; in a glob, * stands for any letters and ** for folders")
+    return _one_type(files, f"{name}.path={pattern!r}")
 
 
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 (byte {error.start} of it); save the file as UTF-8") from error
+def _split_of(file: Path) -> str | None:
+    words = re.split(r"[^a-z]+", str(file).lower())
+    return next((split for split, signs in SPLIT_WORDS.items() if set(signs) & set(words)), None)
 
 
-def _read_json(path: Path, source: SourceConfig) -> list[Row]:
-    with open(path, "rb") as file:
-        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        if start.startswith(b"["):
-            return _read_json_array(_decode(file.read(), source.path), source)
-        return _read_json_lines(file, source)
-
-
-def _read_json_array(text: str, source: SourceConfig) -> list[Row]:
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1]
+def _of_folder(folder: Path, source: SourceConfig, name: str) -> Files:
+    """The data files of a folder that belong to the split."""
+    below = sorted(path for path in folder.rglob("*") if path.is_file() and file_type(path))
+    below = [path for path in below if not any(part[0] in "._" for part in path.relative_to(folder).parts)]
+    if not below:
+        allowed = f"{', '.join(FILE_TYPES)}, also with {' or '.join(COMPRESSIONS)}"
+        raise UserError(f"{name}.path={source.path!r} is a folder without data files ({allowed})")
+    splits = {path: _split_of(path.relative_to(folder)) for path in below}
+    if not any(splits.values()) and source.split == "train":
+        return _one_type(below, f"{name}.path={source.path!r}")
+    taken = [path for path in below if splits[path] == source.split]
+    if not taken:
+        there = sorted({split for split in splits.values() if split}) or ["train"]
         raise UserError(
-            f"{source.path} is not JSON at line {error.lineno}, column {error.colno}: {error.msg} in {_shorten(line)}"
-        ) from error
-    rows = []
-    for number, item in enumerate(items[: source.max_rows], start=1):
-        origin = f"{source.path} row {number}"
-        if not isinstance(item, dict):
-            raise UserError(f"{origin} is {_shorten(json.dumps(item))}; each item of the array must be an object")
-        rows.append(Row(origin, item))
-    return rows
+            f"{name}.split={source.split!r} is none that the names of the files in {source.path!r} say: "
+            f"{', '.join(there)}; change it, or give a glob as {name}.path"
+        )
+    if len(taken) < len(below):
+        log.info("%s: %d files of split %s taken, %d others left", source.path, len(taken), source.split, len(below))
+    return _one_type(taken, f"{name}.path={source.path!r}")
 
 
-def _read_json_lines(lines: Iterable[bytes], source: SourceConfig) -> list[Row]:
-    """Lines end at a line feed only: JSON strings may hold other separators, such as U+2028."""
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        if len(rows) == source.max_rows:
-            break
-        origin = f"{source.path} line {number}"
-        text = _decode(line, origin)
-        if not text.strip():
-            continue
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{source.path} is not JSON at line {number}: {error.msg} in {_shorten(text)}; "
-                "a file holds an array of objects, or an object a line"
-            ) from error
-        if not isinstance(values, dict):
-            raise UserError(f"{origin} is {_shorten(text)}; each line must be an object")
-        rows.append(Row(origin, values))
-    return rows
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _read_csv(path: Path, source: SourceConfig) -> list[Row]:
+def _saved(folder: Path, source: SourceConfig, name: str) -> datasets.Dataset:
+    """A data set, or a split of several, that `save_to_disk` wrote."""
     try:
-        table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", nrows=source.max_rows)
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{source.path} cannot be read as csv: {error}") from error
-    return _numbered(table.to_dict("records"), source.path)
+        found = datasets.load_from_disk(str(folder))
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"{name}.path={source.path!r} cannot be read as a saved data set: {error}") from error
+    if isinstance(found, datasets.Dataset):
+        return found
+    if source.split not in found:
+        raise UserError(f"{name}.split={source.split!r} is no split of {source.path!r}; it has {', '.join(found)}")
+    return found[source.split]
 
 
-def _read_parquet(path: Path, source: SourceConfig) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            table = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=folder)
-        except (DatasetsError, OSError, ValueError) as error:
-            cause = error.__cause__ or error
-            raise UserError(f"{source.path} cannot be read as parquet: {cause}") from error
-        return _numbered(_first(table, source.max_rows), source.path)
-
-
-def _read_text(path: Path, source: SourceConfig) -> list[Row]:
-    documents: list[list[str]] = [[]]
-    for line in _decode(path.read_bytes(), source.path).replace("\r\n", "\n").split("\n"):
-        if line.strip() == DOCUMENT_SEPARATOR:
-            documents.append([])
-        else:
-            documents[-1].append(line)
-    texts = ["\n".join(lines).strip("\n") for lines in documents]
-    rows = [
-        Row(f"{source.path} document {number}", {"text": text})
-        for number, text in enumerate((text for text in texts if text.strip()), start=1)
-    ]
-    return rows[: source.max_rows]
-
-
-def _first(table: datasets.Dataset, max_rows: int | None) -> Iterable[dict[str, Any]]:
-    return iter(table if max_rows is None else table.select(range(min(max_rows, len(table)))))
-
-
-def _numbered(rows: Iterable[dict[str, Any]], path: str) -> list[Row]:
-    return [Row(f"{path} row {number}", dict(values)) for number, values in enumerate(rows, start=1)]
-
-
-def _read_data_set(source: SourceConfig, name: str) -> tuple[list[Row], str | None]:
-    """Rows of a Hub data set, or of a folder that `datasets.load_dataset` takes; and the Hub commit they are from."""
+def _on_hub(source: SourceConfig, name: str) -> tuple[Callable[[], Iterable[Row]], str | None]:
+    """What reads a Hub data set, and the Hub commit that the rows are from."""
     try:
         builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
+        urls = (builder.config.data_files or {}).get(source.split, [])
+        if urls and all(file_type(Path(url)) in (".json", ".jsonl") for url in urls):
+            files = tuple((_downloaded(url), f"{source.path} {url.rsplit('/', 1)[-1]}") for url in urls)
+            return functools.partial(_rows_of_files, files, name), builder.hash
         builder.download_and_prepare()
         table = builder.as_dataset(split=source.split)
     except (DatasetsError, OSError, ValueError) as error:
         raise UserError(
             f"{name}.path={source.path!r} is no local file, and loading it as a data set failed: "
-            f"{_shorten(str(error), 300)}; check its name, subset={source.subset!r}, split={source.split!r}, "
+            f"{shorten(str(error), 300)}; check its name, subset={source.subset!r}, split={source.split!r}, "
             "revision, your login (`hf auth login`) and the network"
         ) from error
-    return _numbered(_first(table, source.max_rows), source.path), builder.hash
+    return functools.partial(_table, table, source.path), builder.hash
 
 
-def _rename(rows: list[Row], columns: tuple[str, ...], names: dict[str, str], name: str) -> list[Row]:
-    """Give each row's values their expected names; a column of that name that was there before is replaced."""
-    for expected, given in names.items():
-        if given not in columns:
-            raise UserError(f"{name}.columns: {expected}: {given!r} is no column of it; it has {', '.join(columns)}")
-    moved = set(names.values()) | set(names)
-    renamed = []
-    for row in rows:
-        values = {column: value for column, value in row.values.items() if column not in moved}
-        values |= {expected: row.values[given] for expected, given in names.items() if given in row.values}
-        renamed.append(Row(row.origin, values))
-    return renamed
+def _downloaded(url: str) -> Path:
+    """The local copy of a file that a `hf://` address names."""
+    place = HfFileSystem().resolve_path(url)
+    return Path(hf_hub_download(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision))

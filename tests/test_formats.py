@@ -5,22 +5,25 @@ import json
 import pytest
 
 from config.schema import SourceConfig
-from src.formats import Conversation, TextRow, detect_format, require_assistant_turns, to_rows
-from src.sources import Row, SourceRows, read_source
+from src.files import Row
+from src.formats import Conversation, TextRow, detect_format, require_assistant_turns, row_converter
+from src.sources import SourceRows, open_source
 from tests.toy_tokenizer import shared_file
 from utils.errors import UserError
 
 
-def source(*rows):
+def source(*rows, roles=None):
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
-    return SourceRows(
-        "data.train.0", "d.jsonl", columns, [Row(f"d.jsonl line {n}", r) for n, r in enumerate(rows, 1)], {}
-    )
+    head = [Row(f"d.jsonl line {n}", row) for n, row in enumerate(rows, start=1)]
+    return SourceRows("data.train.0", "d.jsonl", columns, head, lambda: head, roles or {})
 
 
-def only_row(values, name="auto"):
-    found = source(values)
-    [row] = to_rows(found, detect_format(found) if name == "auto" else name)
+def converted(found, name="auto"):
+    return list(map(row_converter(found, name), found))
+
+
+def only_row(values, name="auto", **roles):
+    [row] = converted(source(values, roles=roles), name)
     return row
 
 
@@ -42,6 +45,8 @@ SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello."}
         ("sharegpt", {"conversations": SHAREGPT}),
         ("prompt_completion", {"prompt": "hi", "completion": "Hello."}),
         ("prompt_completion", {"prompt": CHAT[:1], "completion": CHAT[1:]}),
+        ("question_answer", {"question": "hi", "answer": "Hello."}),
+        ("messages", {"messages": json.dumps(CHAT)}),
         ("alpaca", {"instruction": "hi", "input": "", "output": "Hello."}),
         ("alpaca", {"instruction": "hi", "output": "Hello."}),
     ],
@@ -110,27 +115,28 @@ def test_empty_keys_of_a_message_are_left_out():
         ("llama_factory/identity.json", 91, "alpaca"),
         ("llama_factory/glaive_toolcall_en_demo.json", 300, "sharegpt"),
         ("llama_factory/c4_demo.jsonl", 300, "text"),
+        ("gsm8k/train.jsonl", 7473, "question_answer"),
         ("sharegpt/dummy_conversation.json", 500, "sharegpt"),
     ],
 )
 def test_real_files_are_told_and_read_whole(name, rows, expected):
-    found = read_source(SourceConfig(path=str(shared_file(f"datasets/{name}"))), "data.train.0")
+    found = open_source(SourceConfig(path=str(shared_file(f"datasets/{name}"))), "data.train.0")
     assert detect_format(found) == expected
-    assert len(to_rows(found, expected)) == rows
+    assert len(converted(found)) == rows
 
 
 @pytest.mark.parametrize("name", ["dpo_en_demo.json", "kto_en_demo.json"])
 def test_preference_data_is_refused(name):
-    found = read_source(SourceConfig(path=str(shared_file(f"datasets/llama_factory/{name}"))), "data.train.0")
+    found = open_source(SourceConfig(path=str(shared_file(f"datasets/llama_factory/{name}"))), "data.train.0")
     with pytest.raises(UserError, match=r"holds preferences .*data\.train\.0\.columns as in `completion: chosen`"):
         detect_format(found)
 
 
 def test_unknown_columns_are_listed_with_what_each_format_expects():
     with pytest.raises(UserError) as error:
-        detect_format(source({"question": "hi", "answer": "Hello."}))
+        detect_format(source({"frage": "hi", "antwort": "Hello."}))
     message = str(error.value)
-    assert "d.jsonl has columns question, answer, which fit no format" in message
+    assert "d.jsonl has columns frage, antwort, which fit no format" in message
     assert "prompt_completion: `prompt` and `completion`" in message
     assert "alpaca: `instruction` and `output`" in message
     assert "data.train.0.columns, as in `prompt: question`" in message
@@ -174,5 +180,7 @@ def test_a_bad_row_is_named(values, message):
 
 def test_rows_without_an_assistant_turn_are_counted_and_the_first_named():
     rows = [Conversation(tuple(CHAT[: 1 + (n == 2)]), f"d.jsonl line {n}") for n in range(1, 7)]
-    with pytest.raises(UserError, match=r"5 of 6 rows of d have no assistant turn.*line 1, .*line 3, .*line 4 \.\.\.;"):
+    with pytest.raises(
+        UserError, match=r"5 of 6 rows of d have no assistant turn.*line 1, .*line 3, .*line 4 \.\.\.;"
+    ):
         require_assistant_turns(rows, "d")

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from config.schema import SourceConfig
-from src.sources import read_source
+from src.sources import open_source
 from tests.toy_tokenizer import shared_file
 from utils.errors import UserError
 
@@ -17,7 +17,7 @@ NESTED = [
 
 
 def read(path, **fields):
-    return read_source(SourceConfig(path=str(path), **fields), "data.train.0")
+    return open_source(SourceConfig(path=str(path), **fields), "data.train.0")
 
 
 def values(found):
@@ -152,4 +152,4 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path):
 
 def test_a_hub_data_set_that_cannot_be_had_is_told():
     with pytest.raises(UserError, match=r"path='nobody/nothing' is no local file, and loading it as a data set failed"):
-        read_source(SourceConfig(path="nobody/nothing"), "data.train.0")
+        open_source(SourceConfig(path="nobody/nothing"), "data.train.0")

@@ -1,0 +1,120 @@
+"""Arrow tables as rows: parquet and arrow files, saved data sets, Hub data sets.
+
+    for values, cleaned in parquet_rows(Path("rows.parquet"), "rows.parquet"):
+        values                               # {"tools": [{"name": "f"}]}, not {"tools": [{"name": "f", "days": None}]}
+
+Arrow gives every object of a column the same keys, so a table made of JSON holds nulls for keys that only other rows
+have, and a template would write them. Such keys are taken out again. A key that is null in the whole table was null in
+the JSON, and stays; so does a null in a list, and a column that is null for a row.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from utils.errors import UserError
+
+BATCH_ROWS = 1000
+"""Rows of a table that become Python objects at once."""
+
+
+def parquet_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The rows of a parquet file, and whether keys were taken out of each.
+
+    Raises:
+        UserError: the file is damaged or no parquet file.
+    """
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from table_rows(file.iter_batches(BATCH_ROWS))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{shown} cannot be read as parquet: {error}") from error
+
+
+def arrow_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The rows of an arrow file, of either kind (a stream, as `datasets` writes, or a file with its index), and whether
+    keys were taken out of each.
+
+    Raises:
+        UserError: the file is damaged or no arrow file.
+    """
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            has_index = file.read(6) == b"ARROW1"
+            file.seek(0)
+            if has_index:
+                index = pyarrow.ipc.open_file(file)
+                yield from table_rows(index.get_batch(number) for number in range(index.num_record_batches))
+            else:
+                yield from table_rows(pyarrow.ipc.open_stream(file))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{shown} cannot be read as arrow: {error}") from error
+
+
+def data_set_rows(table: datasets.Dataset) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The rows of a data set, and whether keys were taken out of each."""
+    return table_rows(table.with_format("arrow").iter(BATCH_ROWS))
+
+
+def table_rows(
+    batches: Iterable[pyarrow.RecordBatch | pyarrow.Table],
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The rows of tables of one schema, and whether keys were taken out of each."""
+    for batch in batches:
+        json_columns = _json_columns(batch.schema)
+        nested = {field.name: field.type for field in batch.schema if _holds_objects(field.type)}
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for values in batch.slice(start, BATCH_ROWS).to_pylist():
+                found = []
+                for column, kind in nested.items():
+                    values[column] = _restored(values[column], kind, found)
+                for column in json_columns:
+                    values[column] = json.loads(values[column]) if isinstance(values[column], str) else values[column]
+                yield values, bool(found)
+
+
+def _json_columns(schema: pyarrow.Schema) -> list[str]:
+    return [field.name for field in schema if _is_json(field.type)]
+
+
+def _is_json(kind: pyarrow.DataType) -> bool:
+    return getattr(kind, "extension_name", "") == "arrow.json"
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _holds_objects(kind: pyarrow.DataType) -> bool:
+    """Whether a column's values hold objects, or JSON inside of lists."""
+    if _is_list(kind):
+        return _is_json(kind.value_type) or _holds_objects(kind.value_type)
+    return pyarrow.types.is_struct(kind)
+
+
+def _restored(value: Any, kind: pyarrow.DataType, found: list[str]) -> Any:
+    """A value with its JSON parsed and without Arrow's keys, whose names are added to `found`."""
+    if value is None:
+        return None
+    if _is_json(kind):
+        return json.loads(value)
+    if _is_list(kind):
+        if _is_json(kind.value_type) or _holds_objects(kind.value_type):
+            return [_restored(item, kind.value_type, found) for item in value]
+        return value
+    if not pyarrow.types.is_struct(kind):
+        return value
+    kept = {}
+    for part in kind:
+        item = value[part.name]
+        if item is None and not pyarrow.types.is_null(part.type):
+            found.append(part.name)
+        else:
+            kept[part.name] = _restored(item, part.type, found)
+    return kept
