@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from src.tables import arrow_rows, parquet_rows
 from utils.errors import UserError
@@ -113,7 +113,7 @@ def _text_of(file: BinaryIO) -> io.TextIOWrapper:
 
 def _refuse_encoding(error: UnicodeDecodeError, shown: str) -> UserError:
     wrong = error.object[error.start : error.end]
-    return UserError(f"{shown} is not UTF-8 ({error.reason}, {wrong!r}); save it as UTF-8")
+    return UserError(f"{shown} is not UTF-8 ({error.reason}, {wrong!r}); save the file as UTF-8")
 
 
 def _json_rows(file: BinaryIO, shown: str) -> Iterator[Row]:
@@ -195,7 +195,8 @@ class _Window:
             self.at = end
             return value
 
-    def refuse(self, message: str, position: int) -> None:
+    def refuse(self, message: str, position: int) -> NoReturn:
+        self.text += self.file.read(100)  # for the reader of the message
         line = self.line + self.text.count("\n", 0, position)
         start = self.text.rfind("\n", 0, position)
         column = position - start if start >= 0 else self.column + position

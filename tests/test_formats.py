@@ -6,7 +6,7 @@ import pytest
 
 from config.schema import SourceConfig
 from src.files import Row
-from src.formats import Conversation, TextRow, detect_format, require_assistant_turns, row_converter
+from src.formats import Conversation, IdsRow, TextRow, detect_format, require_assistant_turns, row_converter
 from src.sources import SourceRows, open_source
 from tests.toy_tokenizer import shared_file
 from utils.errors import UserError
@@ -180,7 +180,72 @@ def test_a_bad_row_is_named(values, message):
 
 def test_rows_without_an_assistant_turn_are_counted_and_the_first_named():
     rows = [Conversation(tuple(CHAT[: 1 + (n == 2)]), f"d.jsonl line {n}") for n in range(1, 7)]
-    with pytest.raises(
-        UserError, match=r"5 of 6 rows of d have no assistant turn.*line 1, .*line 3, .*line 4 \.\.\.;"
-    ):
+    with pytest.raises(UserError, match=r"5 of 6 rows of d have no assistant turn.*line 1, .*line 3, .*line 4 \.\.\.;"):
         require_assistant_turns(rows, "d")
+
+
+def test_turns_that_are_not_to_be_trained_keep_their_place_behind_a_system_column():
+    turns = [*CHAT, {"role": "user", "content": "more"}, {"role": "assistant", "content": "No.", "train": False}]
+    row = only_row({"messages": turns, "system": "S."})
+    assert row.untrained == (4,)
+    assert row.messages[4] == {"role": "assistant", "content": "No."}
+    with pytest.raises(UserError, match=r"1 of 1 rows of d have no assistant turn"):
+        require_assistant_turns([only_row({"messages": turns[2:]})], "d")
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [
+        ({"prompt": "hi", "completion": "Hello."}, 1),
+        ({"prompt": "hi", "completion": "Hello.", "system": "S."}, 2),
+        ({"prompt": [*CHAT, CHAT[0]], "completion": [CHAT[1]]}, 3),
+        ({"question": "hi", "answer": "Hello."}, 1),
+        ({"instruction": "hi", "output": "Hello.", "history": [["a", "b"]]}, 3),
+        ({"messages": CHAT}, None),
+    ],
+)
+def test_the_completion_starts_after_the_prompt(values, start):
+    assert only_row(values).completion_start == start
+
+
+def test_roles_of_the_config_name_speakers():
+    turns = [{"from": "Ask", "value": "hi"}, {"from": "Bot", "value": "Hello."}]
+    assert pairs(only_row({"conversations": turns}, Ask="user", Bot="assistant")) == HELLO
+    with pytest.raises(UserError, match=r"is from 'Bot'; allowed are .*Ask; map others with roles"):
+        only_row({"conversations": turns}, Ask="user")
+    call = {"from": "call", "value": '{"name": "f", "arguments": {}}'}
+    row = only_row({"conversations": [*SHAREGPT[:1], call]}, call="function_call")
+    assert row.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+def test_two_columns_of_messages_are_an_error_that_a_rename_mends():
+    found = source({"messages": CHAT, "conversations": CHAT, "id": 1})
+    with pytest.raises(UserError, match=r"messages in two columns, messages and conversations \(columns .*id\)"):
+        row_converter(found)
+
+
+def test_tokenized_rows_keep_their_labels():
+    assert only_row({"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}) == IdsRow(
+        (5, 6, 7), (-100, -100, 7), "d.jsonl line 1"
+    )
+    assert only_row({"input_ids": "[5, 6]", "attention_mask": [1, 1]}).labels == (-100, 6)
+    row = only_row({"input_ids": [5, 6], "labels": [5, 6]})
+    assert (row.labels, row.first_label_dropped) == ((-100, 6), True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"input_ids": [1, 2], "labels": [1]}, r"line 1 has 2 input_ids and 1 labels"),
+        (
+            {"input_ids": [1, 2, 3], "labels": [2, 3, -100]},
+            r"label 2 at position 0 is neither -100 nor the id there, 1",
+        ),
+        ({"input_ids": [1, 0], "attention_mask": [1, 0]}, r"line 1 is padded"),
+        ({"input_ids": [], "labels": []}, r"`input_ids` that is not a list of at least one whole number"),
+        ({"input_ids": [1.5]}, r"`input_ids` that is not a list of at least one whole number"),
+    ],
+)
+def test_tokenized_rows_that_cannot_be_right_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        only_row(values)

@@ -74,6 +74,43 @@ def test_a_text_file_is_one_document_unless_separators_part_it(tmp_path):
     assert len(read(shared_file("datasets/tinystories/tinystories_sample.txt")).rows) == 5
 
 
+def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    found = read(tmp_path / "*.jsonl")
+    assert values(found) == [{"text": "a"}, {"text": "b"}]
+    assert [row.origin for row in found] == [f"{tmp_path / name}.jsonl line 1" for name in "ab"]
+    assert list(found.sha256) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert len(read(tmp_path / "*.jsonl", max_rows=1).rows) == 1
+    with pytest.raises(UserError, match=r"x\*\.jsonl' fits no file"):
+        read(tmp_path / "x*.jsonl")
+    (tmp_path / "c.csv").write_text("text\nc\n")
+    with pytest.raises(UserError, match=r"has files of types \.csv, \.json; give a glob"):
+        read(tmp_path / "*")
+
+
+def test_a_folder_gives_the_files_of_its_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("data/train-00", "data/train-01", "data/test-00"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / ".hidden.jsonl").write_text("oops")
+    assert values(read(tmp_path)) == [{"text": "data/train-00"}, {"text": "data/train-01"}]
+    assert values(read(tmp_path, split="test")) == [{"text": "data/test-00"}]
+    with pytest.raises(UserError, match=r"split='validation' is none that .* say: test, train"):
+        read(tmp_path, split="validation")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"is a folder without data files"):
+        read(tmp_path / "empty")
+
+
+def test_a_source_is_read_from_the_start_each_time_and_in_batches(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(2500)))
+    found = read(tmp_path / "a.jsonl", columns={"m": "n"})
+    assert len(found.head) == 1000
+    assert [len(batch) for batch in found.batches(1024)] == [1024, 1024, 452]
+    assert values(found) == values(found) == [{"m": n} for n in range(2500)]
+
+
 def test_max_rows_takes_the_first_rows(tmp_path):
     rows = [{"text": str(n)} for n in range(5)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
