@@ -45,7 +45,7 @@ def take_apart(conversation: Conversation) -> tuple[Shape, list[str]]:
             slots.append(content)
             shape.append(message["role"])
         else:
-            shape.append(json.dumps(_with_stand_ins(message, slots, False), ensure_ascii=False))
+            shape.append(json.dumps(_with_stand_ins(message, slots, ""), ensure_ascii=False))
     return tuple(shape), slots
 
 
@@ -57,22 +57,29 @@ def skeleton_of(shape: Shape, origin: str = "skeleton") -> tuple[Conversation, l
             messages.append(json.loads(part))
             owners += [index] * len(STAND_IN.findall(part.replace('\\"', '"')))
         else:
-            messages.append({"role": part, "content": _stand_in(len(owners))})
+            messages.append({"role": part, "content": stand_in(len(owners))})
             owners.append(index)
     return Conversation(tuple(messages), origin, tuple(json.loads(shape[0])) if shape[0] else ()), owners
 
 
-def _stand_in(number: int) -> str:
+def stand_in(number: int) -> str:
+    """The text that stands for the text of this number."""
     return f'xq7{number}"7qx'
 
 
-def _with_stand_ins(value: Any, slots: list[str], inside: bool) -> Any:
-    """`value` with a stand-in for each text below one of TEXT_KEYS; the texts are added to `slots`."""
+def _with_stand_ins(value: Any, slots: list[str], inside: str) -> Any:
+    """`value` with a stand-in for each text that belongs to a key of TEXT_KEYS; the texts are added to `slots`.
+
+    `inside` is the key that `value` is below. All texts in a call's arguments belong to them, while a part of a
+    content has more keys than its text.
+    """
     if isinstance(value, dict):
-        return {key: _with_stand_ins(item, slots, inside or key in TEXT_KEYS) for key, item in value.items()}
+        return {
+            key: _with_stand_ins(item, slots, inside if inside == "arguments" else key) for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_with_stand_ins(item, slots, inside) for item in value]
-    return _stood_in(value, slots) if inside and isinstance(value, str) else value
+    return _stood_in(value, slots) if inside in TEXT_KEYS and isinstance(value, str) else value
 
 
 def _stood_in(text: str, slots: list[str]) -> str:
@@ -82,7 +89,7 @@ def _stood_in(text: str, slots: list[str]) -> str:
         body = part.strip()
         if body:
             start = part.index(body)
-            parts += [part[:start], _stand_in(len(slots)), part[start + len(body) :]]
+            parts += [part[:start], stand_in(len(slots)), part[start + len(body) :]]
             slots.append(body)
         else:
             parts.append(part)
@@ -123,6 +130,10 @@ class Pieces:
         """A position in `text` outside of stand-ins, as characters of literals and occurrences before it."""
         count = bisect_left(self.borders, (position, position))
         return position - sum(end - start for start, end in self.borders[:count]), count
+
+    def position(self, place: tuple[int, int]) -> int:
+        """The position in `text` that `place` was made of."""
+        return place[0] + sum(end - start for start, end in self.borders[: place[1]])
 
 
 def cut(text: str) -> Pieces:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from src.chat import CALL_STOPS, ChatTemplate
 from src.formats import Conversation
-from src.skeletons import STAND_IN, Pieces
+from src.skeletons import STAND_IN, Pieces, cut, stand_in
 from utils.errors import UserError
 
 TURNS_READ_WHOLE = 8
@@ -147,6 +147,8 @@ class _Reader:
         if start is None:
             return Turn(reason=unlike), None
         end = self._end(index, own)
+        if end is None and not own:
+            return self._read_empty(index, start, unlike), None
         if end is None:
             return Turn(reason="it writes the turn in another way once more messages follow"), None
         missing = self._missing(index, text[start:end])
@@ -168,6 +170,29 @@ class _Reader:
         floor, _ = self._gap(index)
         around = (text[floor:start], text[start : own[0][0]], text[own[-1][1] : stop]) if own and floor else None
         return turn, around if len(own) == 1 else None
+
+    def _read_empty(self, index: int, start: int, unlike: str) -> Turn:
+        """A turn without a text: what the template writes around one that is put there."""
+        text, messages = self.pieces.text, list(self.skeleton.messages)
+        reason = "it writes a turn without content in a way of its own"
+        if messages[index].get("content") or messages[index].get("tool_calls"):
+            return Turn(reason=reason)
+        messages[index] = {**messages[index], "content": stand_in(len(self.owners))}
+        filled = replace(self.skeleton, messages=tuple(messages))
+        try:
+            pieces = cut(self.template.render([filled])[0])
+        except UserError:
+            return Turn(reason=reason)
+        reader = _Reader(self.template, filled, [*self.owners, index], pieces)
+        turn, _ = reader._read(index)
+        own = reader._own(index)
+        if turn.reason or len(own) != 1:
+            return Turn(reason=turn.reason or reason, stopless=turn.stopless)
+        written = pieces.text[pieces.position(turn.start) : own[0][0]]
+        around = written + pieces.text[own[0][1] : pieces.position(turn.end)]
+        if not text.startswith(around, start):
+            return Turn(reason=reason)
+        return Turn(self.pieces.place(start), self.pieces.place(start + len(around)), unlike_served=unlike)
 
     def _numbered(self) -> list[tuple[int, tuple[int, int]]]:
         return list(zip(self.pieces.numbers, self.pieces.borders, strict=True))
@@ -249,15 +274,23 @@ class _Reader:
         if own and not self.skeleton.messages[index].get("tool_calls"):
             stop = self.template.stop_after(text, tail)
             if stop is not None and stop <= end:
-                return stop
+                return self._with_eos(stop, end)
         run = re.search(rf"(?:\s*{self.template.special_token.pattern})+\s*$", text[tail:end])
         if run is None:
             return None
         closers = {self.template.tokenizer.eos_token, *CALL_STOPS, *self._plain_stops()}
         for special in self.template.special_token.finditer(text, tail + run.start(), end):
             if special.group() in closers:
-                return special.end()
+                return self._with_eos(special.end(), end)
         return None
+
+    def _with_eos(self, stop: int, end: int) -> int:
+        """The end of the eos token where it follows a stop token at once: generation runs on until it."""
+        text, eos = self.pieces.text, self.template.tokenizer.eos_token
+        if not eos or text.endswith(eos, 0, stop):
+            return stop
+        closed = re.compile(rf"(?:{self.template.special_token.pattern})*?{re.escape(eos)}").match(text, stop, end)
+        return closed.end() if closed else stop
 
     def _plain_stops(self) -> set[str]:
         """The tokens that the template ends a plain answer with, as the last message and before others."""
