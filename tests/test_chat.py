@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import date
+from typing import ClassVar
 
 import pytest
 
@@ -153,15 +154,25 @@ def test_turns_that_a_template_writes_in_another_way_in_history_are_found():
     ]
 
 
-def test_a_long_conversation_renders_as_many_prompts_as_one_of_a_few_turns(monkeypatch):
-    asked = []
-    render = ChatTemplate.render
-    monkeypatch.setattr(ChatTemplate, "render", lambda *a, **k: asked.append(len(a[1])) or render(*a, **k))
+class CountingTemplate(ChatTemplate):
+    """Notes how many conversations each call renders."""
+
+    asked: ClassVar[list[int]] = []
+
+    def render(self, conversations, *, generation_prompt=False):
+        self.asked.append(len(conversations))
+        return super().render(conversations, generation_prompt=generation_prompt)
+
+
+def test_a_long_conversation_renders_as_many_prompts_as_one_of_a_few_turns():
+    counts = []
     for turns in (20, 200):
-        asked.clear()
-        answers = supervised(family_tokenizer("Qwen-Qwen3-0.6B"), talk(*["the cat"] * (2 * turns)))
-        assert answers[:-1] == ["the cat<|im_end|>"] * (turns - 1)
-        assert sum(asked) < 40
+        CountingTemplate.asked.clear()
+        template = CountingTemplate.of(family_tokenizer("Qwen-Qwen3-0.6B"))
+        [chat] = supervised_spans(template, [talk(*["the cat"] * (2 * turns))])
+        assert [chat.text[slice(*span)] for span in chat.spans[:-1]] == ["the cat<|im_end|>"] * (turns - 1)
+        counts.append(sum(template.asked))
+    assert counts[0] == counts[1] < 40
 
 
 def test_generation_marks_tell_the_spans_where_the_prompt_does_not():
