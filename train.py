@@ -57,7 +57,12 @@ def train(command: CommandLine) -> None:
 
     tokenizer = load_tokenizer(config.model)
     settings = load_settings(config.model, tokenizer)
-    data = build_datasets(config.data, tokenizer, context_length=context_length(settings))
+    data = build_datasets(
+        config.data,
+        tokenizer,
+        context_length=context_length(settings),
+        cache_folder=Path(config.data.cache_folder or f"{config.output.folder}/.data"),
+    )
     train_packs = PackedRows.of(data.train, config.data)
     eval_packs = PackedRows.of(data.eval, config.data) if data.eval else None
     set_seed(config.training.seed)

@@ -143,9 +143,10 @@ class DataConfig:
     max_length: int = _limited(2048, ge=8)
     """Most tokens in a row and in a pack of rows, at least 8 and at most the model's context."""
 
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to a conversation of more than `max_length` tokens: left out, cut at the end, or an error. Their
-    number is always told. Plain text is split into pieces instead."""
+    too_long: Literal["auto", "drop", "truncate", "split", "error"] = "auto"
+    """What happens to a row of more than `max_length` tokens: left out, cut at the end (where no EOS is put), split
+    into pieces (texts only), or an error. `auto`: texts are split, other rows left out. The number of rows and of
+    supervised tokens lost is always told."""
 
     packing: bool = True
     """Whether rows share packs of `max_length` tokens. Attention never crosses from one row to another, so the loss is
@@ -168,6 +169,10 @@ class DataConfig:
     allow_special_tokens_in_content: bool = False
     """Whether a special token's text inside a message, such as `<|im_end|>` in a question, becomes that token. Else it
     is read as plain text."""
+
+    cache_folder: str | None = None
+    """Folder where prepared token rows are kept, for runs with the same rows, tokenizer and settings. None: `.data` in
+    output.folder. It can be deleted at any time between runs."""
 
     workers: int | None = _limited(None, ge=1)
     """Processes that tokenize, at least 1. None: one, which already uses every core through the tokenizer's threads."""

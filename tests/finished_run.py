@@ -90,7 +90,7 @@ def write_run(
     digest = hashlib.sha256(b"rows").hexdigest()
     local = {"path": data, "format": "messages", "sha256": {data: digest}, "revision": None, "rows": 90}
     on_hub = {"path": "me/questions", "format": "alpaca", "sha256": {}, "revision": "ab" * 20, "rows": 30}
-    counts = {"rows_kept": 118, "tokens": 9000, "supervised_tokens": 4000, "dropped": {"overlong": 2}}
+    counts = {"rows_kept": 118, "tokens": 9000, "supervised_tokens": 4000, "dropped": {"too long": 2}}
     result = {
         "steps": 40,
         "tokens": 36000,

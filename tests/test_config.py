@@ -156,7 +156,7 @@ def test_python_recipe_without_a_usable_config_is_refused_with_its_line(tmp_path
         ("data.packing", "1", "true or false"),
         ("data.packing", '"true"', "true or false"),
         ("hub.license", "3", "text, or null"),
-        ("data.overlong", "cut", "one of drop, truncate, error"),
+        ("data.too_long", "cut", "one of auto, drop, truncate, split, error"),
         ("tracking.report_to", "wandb", "a list, each item one of trackio, tensorboard, wandb"),
         ("tracking.report_to", "[mlflow]", "one of trackio, tensorboard, wandb"),
         ("model.architecture", "[1]", "a mapping from text to any value"),

@@ -53,7 +53,7 @@ def test_the_report_accounts_for_every_row(tmp_path, tokenizer):
     [account] = data.report["train"]["sources"]
     assert account["sha256"] == {source.path: hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()}
     assert account["format"] == "prompt_completion"
-    assert (account["rows_read"], account["rows_kept"], account["dropped"]) == (3, 2, {"overlong": 1})
+    assert (account["rows_read"], account["rows_kept"], account["dropped"]) == (3, 2, {"too long": 1})
     assert data.report["train"]["tokens"] == sum(len(ids) for ids in data.train["input_ids"])
     # "one" and "three" are 3 and 5 letters, a token each, and each answer has a stop token
     assert data.report["train"]["supervised_tokens"] == 3 + 1 + 5 + 1
@@ -64,7 +64,7 @@ def test_the_report_accounts_for_every_row(tmp_path, tokenizer):
 def test_a_truncated_row_is_a_prefix_and_trains_no_stop_token(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl", dialogs(["b" * 100]))
     whole = build_datasets(DataConfig(train=(source,), max_length=256), tokenizer)
-    cut = build_datasets(DataConfig(train=(source,), max_length=64, overlong="truncate"), tokenizer)
+    cut = build_datasets(DataConfig(train=(source,), max_length=64, too_long="truncate"), tokenizer)
     [(ids, labels)] = rows_of(cut.train)
     assert (ids, labels) == (whole.train[0]["input_ids"][:64], whole.train[0]["labels"][:64])
     assert tokenizer.eos_token_id not in labels
@@ -73,25 +73,25 @@ def test_a_truncated_row_is_a_prefix_and_trains_no_stop_token(tmp_path, tokenize
 
 def test_a_row_truncated_before_its_answer_is_dropped_with_its_reason(tmp_path, tokenizer, caplog):
     rows = [*dialogs(["fine"]), *dialogs(["never seen"], question="q" * 100)]
-    config = DataConfig(train=(write(tmp_path / "a.jsonl", rows),), max_length=64, overlong="truncate")
+    config = DataConfig(train=(write(tmp_path / "a.jsonl", rows),), max_length=64, too_long="truncate")
     data = build_datasets(config, tokenizer)
     assert len(data.train) == 1
     assert data.report["train"]["dropped"] == {"nothing supervised after truncation": 1}
     assert "1 dropped (nothing supervised after truncation)" in caplog.text
 
 
-def test_overlong_error_names_the_longest_row(tmp_path, tokenizer):
+def test_too_long_error_names_the_longest_row(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl", dialogs(["b" * 80, "c", "d" * 100]))
     with pytest.raises(UserError, match=r"2 rows have more than data\.max_length=64 tokens; the longest.*line 3"):
-        build_datasets(DataConfig(train=(source,), max_length=64, overlong="error"), tokenizer)
+        build_datasets(DataConfig(train=(source,), max_length=64, too_long="error"), tokenizer)
 
 
 def test_no_row_left_is_an_error_with_the_reasons(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl", dialogs(["b"], question="q" * 100))
-    with pytest.raises(UserError, match=r"no train row is left: \{'overlong': 1\}; raise data\.max_length=64"):
+    with pytest.raises(UserError, match=r"no train row is left: \{'too long': 1\}; raise data\.max_length=64"):
         build_datasets(DataConfig(train=(source,), max_length=64), tokenizer)
     with pytest.raises(UserError, match=r"no train row is left: \{'nothing supervised after truncation': 1\}"):
-        build_datasets(DataConfig(train=(source,), max_length=64, overlong="truncate"), tokenizer)
+        build_datasets(DataConfig(train=(source,), max_length=64, too_long="truncate"), tokenizer)
 
 
 def test_supervise_all_labels_everything_but_a_rows_first_token(tmp_path, tokenizer):
@@ -120,7 +120,7 @@ def test_eval_sources_give_eval_rows_and_their_conversations(tmp_path, tokenizer
     data = build_datasets(DataConfig(train=(train,), eval=(held_out,), max_length=64), tokenizer)
     assert len(data.eval) == 1
     assert [row.messages[-1]["content"] for row in data.eval_conversations] == ["c"]
-    assert data.report["eval"]["dropped"] == {"overlong": 1}
+    assert data.report["eval"]["dropped"] == {"too long": 1}
 
 
 def test_the_split_depends_on_content_alone(tmp_path, tokenizer):

@@ -108,7 +108,7 @@ def test_settings_and_data_are_the_record_s(tmp_path):
     assert f"| `train.jsonl` | train | messages | 88 | sha256 `{digest}` |" in text
     link = "[me/questions](https://huggingface.co/datasets/me/questions)"
     assert f"| {link} train | train | alpaca | 30 | revision `{'ab' * 20}` |" in text
-    assert "Trained on 118 rows, 9,000 tokens, 4,000 supervised tokens. Left out: 2 rows (overlong)." in text
+    assert "Trained on 118 rows, 9,000 tokens, 4,000 supervised tokens. Left out: 2 rows (too long)." in text
     assert "python train.py --config mine.py --optim.learning_rate 2e-5" in text
     assert "Versions: python 3.11.7, torch 2.13.0." in text
 

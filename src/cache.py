@@ -1,0 +1,194 @@
+"""Token rows on disk: written in shards, found again by what they were made of, and read without being loaded.
+
+    key = cache_key(config, tokenizer, sources)
+    folder = prepared(cache / key, prepare)          # prepare(folder) runs in one process at most, the others wait
+    with whole_folder(folder / shard_name(0, 0)) as shard:
+        with ShardWriter(shard) as writer:
+            writer.write("train", rows)
+    rows = load_rows([folder / shard_name(0, 0)], "train")
+
+A shard is a folder that appears whole, under its own name; `account.json` in it says how long its files are, and one
+whose files are not is made again. So a process that is killed loses the shard it was at.
+"""
+
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
+
+from config.schema import DataConfig
+from src.sources import SourceRows
+from src.tokenization import IGNORED, TokenRow
+from utils.files import sha256_of_file, sync, write_json
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+SCHEMA = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in ("input_ids", "labels")])
+ACCOUNT = "account.json"
+COMPLETE = "complete.json"
+POLL_S = 0.2
+"""Seconds between two looks at whether another process is done."""
+
+NO_MATTER = frozenset({"workers", "cache_folder", "packing"})
+"""Fields of DataConfig that change no token row; every other one is in the key."""
+
+IMPORTS = re.compile(r"^\s*(?:from|import) ((?:src|config|utils)\.[\w.]+)", re.MULTILINE)
+"""Modules of this project that a source file imports."""
+
+LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets")
+
+
+def cache_key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: Sequence[SourceRows]) -> str:
+    """32 hexadecimal digits that change with anything which may change a token row.
+
+    That is the content of the sources' files (of a Hub data set or a saved one: its commit or fingerprint), every
+    field of the config but NO_MATTER, the tokenizer with its special tokens and templates, the code of the pipeline
+    and the releases of the libraries that it stands on.
+    """
+    parts = {
+        "config": {name: value for name, value in asdict(config).items() if name not in NO_MATTER},
+        "sources": [_content(source) for source in sources],
+        "tokenizer": _tokenizer_sha256(tokenizer),
+        "code": _code_sha256(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _content(source: SourceRows) -> list[Any]:
+    """The digests of a source's files, those of a saved data set among them; of a Hub data set its commit."""
+    folder = Path(source.path).expanduser()
+    saved = {} if source.files or not folder.is_dir() else {str(file): sha256_of_file(file) for file in _files(folder)}
+    return [source.sha256 | saved, source.revision]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    told = {
+        "class": type(tokenizer).__name__,
+        "backend": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None,
+        "special": tokenizer.special_tokens_map,
+        "split_special_tokens": tokenizer.split_special_tokens,
+        "chat_template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """The digest of this project's modules that `src.data` imports, at first or second hand, and of itself."""
+    root = Path(__file__).resolve().parent.parent
+    found: dict[str, bytes] = {}
+    names = ["src.data"]
+    while names:
+        name = names.pop()
+        path = root.joinpath(*name.split(".")).with_suffix(".py")
+        if name in found or not path.is_file():
+            continue
+        found[name] = path.read_bytes()
+        names += IMPORTS.findall(found[name].decode())
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(f"{name} {len(found[name])}\n".encode() + found[name])
+    return digest.hexdigest()
+
+
+def prepared(folder: Path, prepare: Callable[[Path], None]) -> Path:
+    """The folder with all that `prepare` writes into it, which one process does while others wait without a time limit.
+
+    The system frees the lock of a process that is killed, and the next one goes on from the shards it finds.
+
+    Raises:
+        UserError: as `prepare` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    told = False
+    with open(folder / "lock", "a", encoding="utf-8") as lock:
+        while not (folder / COMPLETE).is_file():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    log.info("another process prepares the data in %s; waiting for it", folder)
+                told = True
+                time.sleep(POLL_S)
+                continue
+            if not (folder / COMPLETE).is_file():
+                prepare(folder)
+                write_json(folder / COMPLETE, {"prepared": True})
+    return folder
+
+
+def shard_name(source: int, shard: int) -> str:
+    """The folder of a source's shard, both counted from 0, below that of the data."""
+    return f"source-{source:03d}/shard-{shard:06d}"
+
+
+class ShardWriter:
+    """Writes token rows and what is known of them into a folder, a file for each side that has rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tables: dict[str, Any] = {}
+
+    def write(self, side: str, rows: Sequence[TokenRow]) -> None:
+        """Add rows to a side, `train` or `eval`, straight from their ids to Arrow's buffers."""
+        if not rows:
+            return
+        if side not in self._tables:
+            self._tables[side] = pyarrow.ipc.new_stream(str(self.folder / f"{side}.arrow"), SCHEMA)
+        offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([len(row.input_ids) for row in rows], out=offsets[1:])
+        ids = _flat([row.input_ids for row in rows], offsets[-1])
+        labels = _flat([row.labels for row in rows], offsets[-1])
+        counted = np.add.reduceat(labels != IGNORED, offsets[:-1])
+        assert counted.all(), f"{rows[int(counted.argmin())].origin}: a row without supervised tokens"
+        assert ((labels == ids) | (labels == IGNORED)).all(), "a label is not the id of its own token"
+        columns = [pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(flat)) for flat in (ids, labels)]
+        self._tables[side].write_batch(pyarrow.record_batch(columns, schema=SCHEMA))
+
+    def close(self, account: dict[str, Any]) -> None:
+        """End the files and write `account.json`: what `account` says, and the length in bytes of every file."""
+        for table in self._tables.values():
+            table.close()
+        sizes = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
+        (self.folder / ACCOUNT).write_text(json.dumps(account | {"bytes": sizes}), encoding="utf-8")
+        sync(self.folder)
+
+
+def _flat(lists: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=count)
+
+
+def read_account(shard: Path) -> dict[str, Any] | None:
+    """What a shard's `account.json` says; None where it is missing, or a file is not as long as then."""
+    try:
+        account = json.loads((shard / ACCOUNT).read_text(encoding="utf-8"))
+        whole = all((shard / name).stat().st_size == size for name, size in account["bytes"].items())
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+    return account if whole else None
+
+
+def load_rows(shards: Sequence[Path], side: str) -> datasets.Dataset | None:
+    """The token rows of a side, in the shards' order, mapped from disk; None where no shard has any."""
+    files = [shard / f"{side}.arrow" for shard in shards]
+    tables = [datasets.Dataset.from_file(str(file)) for file in files if file.is_file()]
+    return datasets.concatenate_datasets(tables) if tables else None
