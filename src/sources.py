@@ -6,7 +6,7 @@
         row.origin, row.values               # "gsm8k/train.jsonl line 1", {"prompt": "Natalia sold clips ...", ...}
 
 Local files are read without the datasets cache and with no network, so that nested JSON keeps its exact shape; so are
-the json files of a Hub data set, once they are downloaded.
+the json and parquet files of a Hub data set, once they are downloaded.
 """
 
 import difflib
@@ -254,7 +254,7 @@ def _on_hub(source: SourceConfig, name: str) -> tuple[Callable[[], Iterable[Row]
     try:
         builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
         urls = (builder.config.data_files or {}).get(source.split, [])
-        if urls and all(file_type(Path(url)) in (".json", ".jsonl") for url in urls):
+        if urls and all(file_type(Path(url)) in (".json", ".jsonl", ".parquet") for url in urls):
             files = tuple((_downloaded(url), f"{source.path} {url.rsplit('/', 1)[-1]}") for url in urls)
             return functools.partial(_rows_of_files, files, name), builder.hash
         builder.download_and_prepare()
@@ -262,8 +262,8 @@ def _on_hub(source: SourceConfig, name: str) -> tuple[Callable[[], Iterable[Row]
     except (DatasetsError, OSError, ValueError) as error:
         raise UserError(
             f"{name}.path={source.path!r} is no local file, and loading it as a data set failed: "
-            f"{shorten(str(error), 300)}; check its name, subset={source.subset!r}, split={source.split!r}, "
-            "revision, your login (`hf auth login`) and the network"
+            f"{shorten(str(error.__cause__ or error), 300)}; check its name, subset={source.subset!r}, "
+            f"split={source.split!r}, revision, your login (`hf auth login`) and the network"
         ) from error
     return functools.partial(_table, table, source.path), builder.hash
 

@@ -36,6 +36,18 @@ def check(text, options):
     [
         ("data: {train: [{path: x.jsonl}]}", "", ["model.path and model.architecture are both left out"]),
         (NEW, "--model.path a/b", ["model.path=a/b and model.architecture exclude each other"]),
+        (VALID, "--data.train.0.roles.bot robot", ["data.train.0.roles: bot: robot is no role", "function_call"]),
+        (VALID, "--data.eval.0.weight 2.0", ["data.eval.0.weight=2.0", "measured once each"]),
+        (
+            VALID,
+            "--data.train.0.path logs/*.jsonl.gz --data.train.0.split dev",
+            ["data.train.0.split=dev", "local file"],
+        ),
+        (
+            "model: {path: a/b}\ndata: {train: [{path: x.csv, weight: 1}, {path: y.csv}]}",
+            "",
+            ["data.train.1 has no weight and others have"],
+        ),
         (NEW, "--model.revision v1", ["model.revision=v1", "model.path"]),
         (VALID, "--model.path /models/x --model.revision v1", ["model.revision=v1", "model.path=/models/x"]),
         ("model: {architecture: {x: 1}, tokenizer: t}\ndata: {train: [{path: x.txt}]}", "", ["model_type"]),
