@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from datasets import Dataset
+from pyarrow import compute
 from torch.utils.data import Sampler
 
 from config.schema import DataConfig
@@ -24,11 +26,16 @@ from config.schema import DataConfig
 IGNORED = -100
 """The label of a token that the loss does not count, as in transformers and torch."""
 
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+
+LENGTHS_AT_ONCE = 10_000
+"""Rows whose lengths are looked up at once."""
+
 FILLER = -1
 """The index of a pack of one unsupervised token, which fills the last global batch and adds nothing to the loss."""
 
 
-def best_fit_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Group rows into packs of at most `capacity` tokens, longest first, each into the fullest pack that has room.
 
     Args:
@@ -40,15 +47,16 @@ def best_fit_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         ValueError: a length is 0 or above `capacity`.
     Source: best-fit decreasing; its use for language models in arXiv:2404.10830.
     """
-    for index, length in enumerate(lengths):
-        if not 0 < length <= capacity:
-            raise ValueError(f"row {index} has {length} tokens; a pack takes 1 to {capacity}")
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    sizes = np.asarray(lengths, dtype=np.int64)
+    wrong = np.flatnonzero((sizes < 1) | (sizes > capacity))
+    if len(wrong):
+        raise ValueError(f"row {wrong[0]} has {sizes[wrong[0]]} tokens; a pack takes 1 to {capacity}")
+    order = np.argsort(-sizes, kind="stable")
     packs: list[list[int]] = []
     packs_with_room: dict[int, list[int]] = {}  # room left -> packs that have it
     rooms: list[int] = []  # the keys above, ascending
-    for index in order:
-        place = bisect.bisect_left(rooms, lengths[index])
+    for index, length in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
             pack, room = len(packs), capacity
             packs.append([])
@@ -58,7 +66,7 @@ def best_fit_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             if not packs_with_room[room]:
                 del packs_with_room[room], rooms[place]
         packs[pack].append(index)
-        left = room - lengths[index]
+        left = room - length
         if left:
             if left not in packs_with_room:
                 bisect.insort(rooms, left)
@@ -67,10 +75,18 @@ def best_fit_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-class PackedRows(torch.utils.data.Dataset):
-    """Token rows as packs, put together when they are asked for.
+def row_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of every row, int64 (rows,), told from Arrow's offsets without reading the tokens."""
+    table = rows.select_columns("input_ids").with_format("arrow")
+    parts = [compute.list_value_length(part["input_ids"]).to_numpy() for part in table.iter(batch_size=LENGTHS_AT_ONCE)]
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
 
-    Item i is a dict of `input_ids`, `labels` and `position_ids`, each an int64 array of the pack's length.
+
+class PackedRows(torch.utils.data.Dataset):
+    """Token rows as packs of row numbers, looked up in the rows' table when they are asked for.
+
+    Item i is a dict of `input_ids` and `labels`, each an int32 array of the pack's tokens that may be a view of the
+    table, and of `lengths`, the tokens of each of its rows.
     """
 
     def __init__(self, rows: Dataset, *, max_length: int, packing: bool) -> None:
@@ -80,8 +96,8 @@ class PackedRows(torch.utils.data.Dataset):
             max_length: tokens per pack; no row is longer.
             packing: whether a pack may hold several rows.
         """
-        self.rows = rows.with_format("numpy", columns=["input_ids", "labels"])
-        self.lengths = [len(ids) for ids in rows.with_format("arrow")["input_ids"]] if len(rows) else []
+        self.rows = rows.select_columns(["input_ids", "labels"]).with_format("arrow")
+        self.lengths = row_lengths(rows)
         self.packs = best_fit_bins(self.lengths, max_length) if packing else [[index] for index in range(len(rows))]
 
     @classmethod
@@ -94,31 +110,35 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if index == FILLER:
-            return {
-                "input_ids": np.zeros(1, dtype=np.int64),
-                "labels": np.full(1, IGNORED, dtype=np.int64),
-                "position_ids": np.zeros(1, dtype=np.int64),
-            }
-        rows = [self.rows[row] for row in self.packs[index]]
-        return {
-            "input_ids": np.concatenate([row["input_ids"] for row in rows]).astype(np.int64),
-            "labels": np.concatenate([row["labels"] for row in rows]).astype(np.int64),
-            "position_ids": np.concatenate([np.arange(len(row["input_ids"])) for row in rows]),
-        }
+            nothing = np.zeros(1, dtype=np.int32)
+            return {"input_ids": nothing, "labels": nothing + IGNORED, "lengths": np.ones(1, dtype=np.int64)}
+        table = self.rows[self.packs[index]]
+        ids, labels = (_values(table[name]) for name in ("input_ids", "labels"))
+        return {"input_ids": ids, "labels": labels, "lengths": self.lengths[self.packs[index]]}
 
     @property
     def tokens(self) -> int:
         """Tokens of all rows, without padding."""
-        return sum(self.lengths)
+        return int(self.lengths.sum())
 
     def describe(self, max_length: int) -> dict[str, Any]:
-        """Counts for the run's record: rows, packs, tokens, and the share of the packs' room that tokens fill."""
+        """Counts for the run's record: rows, packs, tokens, the share of the packs' room that tokens fill, and the
+        tokens that so many in a hundred rows have at most.
+        """
+        told = np.percentile(self.lengths, PERCENTILES, method="inverted_cdf") if len(self.lengths) else []
         return {
             "rows": len(self.lengths),
             "packs": len(self.packs),
             "tokens": self.tokens,
             "fill": round(self.tokens / max(1, len(self.packs) * max_length), 4),
+            "length_percentiles": {str(share): int(length) for share, length in zip(PERCENTILES, told, strict=False)},
         }
+
+
+def _values(column: pyarrow.ChunkedArray) -> np.ndarray:
+    """All numbers of a column of lists, end to end."""
+    parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -137,22 +157,28 @@ class PackCollator:
     def __call__(self, packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `input_ids`, `labels`, `position_ids`: int64 tensors of shape (B, L), or (1, tokens) if `flat`.
+            `input_ids`, `labels`, `position_ids`: int64 tensors of shape (B, L), or (1, tokens) if `flat`; and
+            `document_borders`: int32, (documents + 1,), where in all rows of the batch, one after the other, each
+            document starts, and then their end. It is what variable-length attention calls `cu_seqlens`. Padding
+            belongs to the last document before it.
         """
-        if self.flat:
-            return {name: torch.from_numpy(np.concatenate([pack[name] for pack in packs]))[None] for name in packs[0]}
-        longest = max(len(pack["input_ids"]) for pack in packs)
-        shape = (len(packs), longest)
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORED)
-        position_ids = torch.zeros(shape, dtype=torch.int64)
-        for row, pack in enumerate(packs):
-            length = len(pack["input_ids"])
-            input_ids[row, :length] = torch.from_numpy(pack["input_ids"])
-            labels[row, :length] = torch.from_numpy(pack["labels"])
-            position_ids[row, :length] = torch.from_numpy(pack["position_ids"])
-            position_ids[row, length:] = position_ids[row, length - 1] + 1 + torch.arange(longest - length)
-        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        tokens = [len(pack["input_ids"]) for pack in packs]
+        shape = (1, sum(tokens)) if self.flat else (len(packs), max(tokens))
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORED, dtype=np.int64)
+        starts = np.cumsum([0, *tokens[:-1]]) if self.flat else np.arange(len(packs)) * shape[1]
+        for pack, start, length in zip(packs, starts, tokens, strict=True):
+            input_ids.reshape(-1)[start : start + length] = pack["input_ids"]
+            labels.reshape(-1)[start : start + length] = pack["labels"]
+        documents = [start + np.cumsum([0, *pack["lengths"][:-1]]) for pack, start in zip(packs, starts, strict=True)]
+        borders = np.concatenate([*documents, [input_ids.size]])
+        position_ids = np.arange(input_ids.size) - np.repeat(borders[:-1], np.diff(borders))
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(position_ids.reshape(shape)),
+            "document_borders": torch.from_numpy(borders.astype(np.int32)),
+        }
 
 
 class GlobalBatchSampler(Sampler[int]):
