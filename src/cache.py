@@ -18,6 +18,7 @@ import importlib.metadata
 import itertools
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -91,22 +92,25 @@ def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@functools.cache
-def _code_sha256() -> str:
-    """The digest of this project's modules that `src.data` imports, at first or second hand, and of itself."""
+def stages() -> dict[str, bytes]:
+    """The source of this project's modules that `src.data` imports, at first or second hand, and of itself, by name."""
     root = Path(__file__).resolve().parent.parent
     found: dict[str, bytes] = {}
     names = ["src.data"]
     while names:
         name = names.pop()
         path = root.joinpath(*name.split(".")).with_suffix(".py")
-        if name in found or not path.is_file():
-            continue
-        found[name] = path.read_bytes()
-        names += IMPORTS.findall(found[name].decode())
+        if name not in found and path.is_file():
+            found[name] = path.read_bytes()
+            names += IMPORTS.findall(found[name].decode())
+    return found
+
+
+@functools.cache
+def _code_sha256() -> str:
     digest = hashlib.sha256()
-    for name in sorted(found):
-        digest.update(f"{name} {len(found[name])}\n".encode() + found[name])
+    for name, source in sorted(stages().items()):
+        digest.update(f"{name} {len(source)}\n".encode() + source)
     return digest.hexdigest()
 
 
@@ -121,7 +125,7 @@ def prepared(folder: Path, prepare: Callable[[Path], None]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     told = False
     with open(folder / "lock", "a", encoding="utf-8") as lock:
-        while not (folder / COMPLETE).is_file():
+        while not _is_complete(folder):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -130,10 +134,22 @@ def prepared(folder: Path, prepare: Callable[[Path], None]) -> Path:
                 told = True
                 time.sleep(POLL_S)
                 continue
-            if not (folder / COMPLETE).is_file():
+            if not _is_complete(folder):
+                for unfinished in folder.glob("*/.shard-*"):
+                    shutil.rmtree(unfinished)
                 prepare(folder)
-                write_json(folder / COMPLETE, {"prepared": True})
+                shards = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*"))
+                write_json(folder / COMPLETE, {"shards": shards})
     return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all shards were written, and are as they were then."""
+    try:
+        shards = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
+    except FileNotFoundError:
+        return False
+    return all(read_account(folder / shard) is not None for shard in shards)
 
 
 def shard_name(source: int, shard: int) -> str:

@@ -149,17 +149,10 @@ def _prepare(folder: Path, *, sources: Sequence[OpenSource], config: DataConfig,
 
 
 def _found(folder: Path, source: OpenSource) -> _Prepared:
-    """What stands on disk of a source.
-
-    Raises:
-        UserError: a shard was damaged after it was written.
-    """
+    """What stands on disk of a source."""
     shards: list[Path] = []
     tallies, rows_read = {"train": Tally(), "eval": Tally()}, 0
-    while (shard := folder / shard_name(source.index, len(shards))).is_dir():
-        account = read_account(shard)
-        if account is None:
-            raise UserError(f"{shard} is damaged; delete {folder}, and the data is prepared again")
+    while (account := read_account(shard := folder / shard_name(source.index, len(shards)))) is not None:
         rows_read += account["rows_read"]
         for side, tally in account["tallies"].items():
             tallies[side].add(Tally.of_json(tally))
