@@ -154,8 +154,9 @@ class DataConfig:
 
     supervise: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
     """Tokens that the loss counts. `assistant`: the assistant's turns with the token that ends each; `last_turn`: only
-    the last of them; `completion`: those after the last user message, which for prompt and completion is the
-    completion, and with tools holds the calls; `all`: all tokens but a row's first."""
+    the last of them; `completion`: those of the completion (the answer, the output), or where the format does not part
+    it from the prompt, those after the last user message, with their tool calls; `all`: all tokens but a row's
+    first."""
 
     template_date: str | None = "2024-07-26"
     """Date that a chat template gets which writes one, as YYYY-MM-DD, so that a row is the same on every day. None:

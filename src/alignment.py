@@ -47,9 +47,12 @@ def supervised_turns(conversation: Conversation, supervise: str) -> list[int]:
     if supervise == "last_turn":
         turns = turns[-1:]
     elif supervise == "completion":
-        asked = max((i for i, message in enumerate(conversation.messages) if message["role"] == "user"), default=-1)
-        turns = [turn for turn in turns if turn > asked]
-    return [turn for turn in turns if conversation.messages[turn].get("train", True)]
+        start = conversation.completion_start
+        if start is None:
+            users = (index for index, message in enumerate(conversation.messages) if message["role"] == "user")
+            start = max(users, default=-1) + 1
+        turns = [turn for turn in turns if turn >= start]
+    return [turn for turn in turns if turn not in conversation.untrained]
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,5 @@ def test_each_way_of_supervision_names_its_turns():
         [chat] = TurnFinder(template, supervise).find([Conversation(messages, "row")])
         found[supervise] = [chat.text[slice(*span)][:4] for span in chat.spans]
     assert found == {"assistant": ["One.", "I lo", "3 de"], "completion": ["I lo", "3 de"], "last_turn": ["3 de"]}
-    untrained = (*messages[:1], {**messages[1], "train": False}, *messages[2:])
-    [chat] = TurnFinder(template).find([Conversation(untrained, "row")])
+    [chat] = TurnFinder(template).find([Conversation(messages, "row", untrained=(1,))])
     assert [chat.text[slice(*span)][:4] for span in chat.spans] == ["I lo", "3 de"]

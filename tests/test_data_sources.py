@@ -35,6 +35,24 @@ def chat(question, answer):
     return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
 
 
+@pytest.mark.parametrize(
+    ("supervise", "expected"), [("assistant", "pr"), ("last_turn", "r"), ("completion", "pr"), ("all", None)]
+)
+def test_a_turn_marked_as_not_to_be_trained_is_left_out_of_the_loss(tmp_path, tokenizer, supervise, expected):
+    completion = [*chat("a", "p"), *chat("b", "q"), *chat("c", "r")][1:]
+    row = {"prompt": [*chat("x", "y"), {"role": "user", "content": "a"}], "completion": completion}
+    marked = [{**turn, "train": turn["content"] != "q"} if turn["role"] == "assistant" else turn for turn in completion]
+    source = write(tmp_path / "a.jsonl", [{**row, "completion": marked}])
+    data = build_datasets(DataConfig(train=(source,), max_length=128, supervise=supervise), tokenizer)
+    labels = data.train["labels"][0]
+    if expected is None:
+        assert IGNORED not in labels[1:]
+        return
+    trained = tokenizer.decode([label for label in labels if label != IGNORED])
+    before = "y<|im_end|>" if supervise == "assistant" else ""
+    assert trained == before + "".join(f"{letter}<|im_end|>" for letter in expected)
+
+
 def test_sources_repeat_and_mix_by_weight(tmp_path, tokenizer):
     first, second = (write(tmp_path / f"{name}.jsonl", dialogs(text)) for name, text in (("a", "pq"), ("b", "rstuvw")))
     data = build_datasets(DataConfig(train=(replace(first, epochs=2), second), max_length=64), tokenizer)
