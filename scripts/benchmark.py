@@ -3,6 +3,7 @@
 python scripts/benchmark.py --model llama-1b --micro_batch_rows 8 --compare --baseline
 python scripts/benchmark.py --max_length 4096 --case "model=llama-1b" --case "model=llama-8b method=qlora" \\
     --repeats 3 --output docs/benchmarks/sizes
+python scripts/benchmark.py data --repeats 3     # how fast rows are prepared, beside TRL
 
 Nothing is downloaded. Each case is trained in a process of its own by the project's trainer on packs of synthetic rows,
 so one that fails ends no other and memory figures are its own. With --output the record is written to NAME.json and
@@ -172,8 +173,12 @@ def measure_all(given: argparse.Namespace, command: str) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Exit codes: 0 when every case was measured, 1 when one failed, 2 when the command is wrong."""
-    given = parse_arguments(argv)
     try:
+        if argv[:1] == ["data"]:
+            from scripts.benchmarking import preparation
+
+            return preparation.main(argv[1:], recorded_command(argv))
+        given = parse_arguments(argv)
         if given.worker is not None:
             work(json.loads(given.worker))
             return 0
