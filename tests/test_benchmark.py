@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from config.benchmark import SHAPES, peak_tflops
 from config.schema import AdapterConfig
 from scripts.benchmark import case_of, main, parse_arguments, variants
+from scripts.benchmarking import preparation
 from scripts.benchmarking.case import Case
 from scripts.benchmarking.flops import Work
 from scripts.benchmarking.measure import BatchCounts, build_model, build_trainer, measure
@@ -23,6 +24,7 @@ from scripts.benchmarking.rows import row_lengths, rows_needed, rows_per_pack, s
 from src.adapters import add_adapter
 from src.loss import supervised_nll
 from src.packing import IGNORED, PackCollator, PackedRows
+from tests.toy_tokenizer import SHARED, shared_file
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -194,3 +196,16 @@ def test_shapes_have_the_published_numbers_of_parameters():
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**settings))
         assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_data_is_prepared_alike_by_all_contenders(tmp_path):
+    shared_file("tokenizers/llama2/tokenizer.bin")
+    rows = tmp_path / "rows.jsonl"
+    assert preparation.write_rows(SHARED, rows, copies=1) == 7473 + 4535 + 1923
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows.read_text().splitlines(keepends=True)[:300]))
+    floor = preparation.contend("floor", few, SHARED)
+    ours = preparation.contend("smolfactory", few, SHARED)
+    assert ours["tokens"] == floor["tokens"] > 30_000
+    assert 0 < ours["supervised_tokens"] < ours["tokens"]
+    assert preparation.contend("trl 1", few, SHARED)["tokens"] == ours["tokens"]

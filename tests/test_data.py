@@ -234,3 +234,72 @@ def test_inspect_data_tells_of_a_mistake_and_exits_with_2(tmp_path):
     failed = inspect(tmp_path, "--data.train.0.path", "no.jsonl")
     assert failed.returncode == 2
     assert "error: data.train.0.path='no.jsonl' does not exist" in failed.stderr
+
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from config.schema import DataConfig, SourceConfig
+from src.data import build_datasets
+from src.packing import PackedRows
+from tests.toy_tokenizer import toy_tokenizer
+
+tokenizer = toy_tokenizer(merges_from="x")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+config = DataConfig(train=(SourceConfig(path=sys.argv[2]),), max_length=2048)
+data = build_datasets(config, tokenizer, cache_folder=Path(sys.argv[3]))
+packs = PackedRows.of(data.train, config)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"mib": (after - before) / 1024, "tokens": packs.tokens, "rows": len(data.train)}))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    grown = []
+    for rows in (20_000, 80_000):
+        path = tmp_path / f"{rows}.jsonl"
+        with open(path, "w") as file:
+            for n in range(rows):
+                file.write(json.dumps({"prompt": f"{n} " * 10, "completion": f"answer {n} " * 15}) + "\n")
+        command = [sys.executable, "-c", MEMORY, str(ROOT), str(path), str(tmp_path / f"cache-{rows}")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        grown.append(json.loads(done.stdout.splitlines()[-1]))
+    assert [found["rows"] for found in grown] == [20_000, 80_000]
+    # Four times the rows are 60,000 more: Python lists of their 13 million tokens would be over 200 MB, their texts
+    # 20 MB; a hash a row and the rows' numbers in packs are about 15 MB.
+    assert grown[1]["mib"] - grown[0]["mib"] < 100, grown
+
+
+def test_what_is_too_long_is_split_cut_left_out_or_refused_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghijklmnopqrst\n<|endoftext|>\nxyz\n")
+    tokenizer = toy_tokenizer(None, eos="</s>", merges_from="x")
+    source = SourceConfig(path=str(tmp_path / "a.txt"))
+
+    def told(too_long):
+        data = build_datasets(DataConfig(train=(source,), max_length=8, too_long=too_long), tokenizer)
+        rows = [tokenizer.decode(ids) for ids in data.train["input_ids"]]
+        return rows, data.report["train"]["supervised_tokens_lost"]
+
+    assert told("split") == told("auto") == (["abcdefgh", "ijklmnop", "qrst</s>", "xyz</s>"], 0)
+    assert told("truncate") == (["abcdefgh", "xyz</s>"], len("ijklmnopqrst") + 1)
+    assert told("drop") == (["xyz</s>"], len("bcdefghijklmnopqrst") + 1)
+    with pytest.raises(UserError, match="the longest has 21"):
+        told("error")
+
+
+def test_only_texts_are_split(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", dialogs("b"))
+    with pytest.raises(UserError, match=r"data\.too_long=split is for texts, and .*a\.jsonl holds prompt_completion"):
+        build_datasets(DataConfig(train=(source,), max_length=64, too_long="split"), tokenizer)
+
+
+def test_equal_rows_are_counted(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", dialogs("bcbb"))
+    report = build_datasets(DataConfig(train=(source,), max_length=64), tokenizer).report["train"]
+    assert report["duplicated"] == 2
+    assert [place.rsplit("/")[-1] for place in report["sources"][0]["examples"]["duplicated"]] == [
+        "a.jsonl line 3",
+        "a.jsonl line 4",
+    ]
