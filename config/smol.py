@@ -35,7 +35,7 @@ config = RunConfig(
         eval=(SourceConfig(path="config/data/smol_eval.jsonl"),),
         max_length=256,
     ),
-    optim=OptimConfig(learning_rate=2e-3, warmup_fraction=0.05, weight_decay=0.1, beta2=0.98),
+    optim=OptimConfig(learning_rate=3e-3, warmup_fraction=0.05, weight_decay=0.1, beta2=0.98),
     training=TrainingConfig(
         # 4 packs x 256 length x 1 accumulation x 1 device = 1,024 tokens/step
         micro_batch_rows=4,
