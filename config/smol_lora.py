@@ -25,12 +25,12 @@ config = RunConfig(
             SourceConfig(path="config/data/smol_train.jsonl", max_rows=700),
         ),
         eval=(SourceConfig(path="config/data/smol_lora_eval.jsonl"),),
-        max_length=256,
+        max_length=128,
     ),
     optim=OptimConfig(learning_rate=5e-3, warmup_fraction=0.05),
     training=TrainingConfig(
-        # 4 packs x 256 length x 1 accumulation x 1 device = 1,024 tokens/step
-        micro_batch_rows=4,
+        # 8 packs x 128 length x 1 accumulation x 1 device = 1,024 tokens/step
+        micro_batch_rows=8,
         epochs=10,
     ),
     evaluation=EvaluationConfig(exact_match=True),

@@ -68,7 +68,7 @@ def term_facts(terms: Sequence[Term]) -> Iterator[Fact]:
 def declined_facts(settings: Sequence[Setting]) -> Iterator[Fact]:
     """Questions that get no answer, those of training and those of evaluation apart."""
     real = {setting.path for setting in settings}
-    topics = Wordings(strangers.TOPIC_WORDINGS_TRAIN, ()), Wordings((), strangers.TOPIC_WORDINGS_EVAL)
+    topics = Wordings(strangers.TOPIC_WORDINGS.train, ()), Wordings((), strangers.TOPIC_WORDINGS.eval)
     for ways, keys in zip(topics, (strangers.TRAIN_TOPICS, strangers.EVAL_TOPICS), strict=True):
         for key in keys:
             yield Fact("topic to decline", (key,), ways, strangers.DECLINE, asks=3)

@@ -247,7 +247,7 @@ TERM_MEANING = Wordings(
     ),
     eval=(
         "What does the term {name} mean?",
-        "Please define the term {name}.",
+        "Give me a definition of the term {name}.",
         "Could you tell me what {key} means?",
         "Give me the meaning of {key}.",
     ),
