@@ -40,7 +40,7 @@ TOPIC_WORDINGS = Wordings(
         "Describe {key}.",
         "Give me a definition of {key}.",
         "Explain what {key} is.",
-        "Tell me what {key} means.",
+        "Tell me what {key} is about.",
         "What is the meaning of {key}?",
         "I do not understand {key}.",
         "Tell me a story about {key}.",
