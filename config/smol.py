@@ -41,6 +41,6 @@ config = RunConfig(
         micro_batch_rows=8,
         epochs=4,
     ),
-    evaluation=EvaluationConfig(exact_match=True),
+    evaluation=EvaluationConfig(exact_match=True, max_new_tokens=48),
     output=OutputConfig(name="smol"),
 )

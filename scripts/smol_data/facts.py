@@ -37,7 +37,7 @@ class Fact:
     parts: dict[str, str] = field(default_factory=dict)
     """More that the wordings name."""
 
-    asks: int = 6
+    asks: int = 8
     """Training rows that ask for it."""
 
 
