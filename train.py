@@ -17,6 +17,10 @@ from utils.logging import get_logger, set_up_logging
 
 log = get_logger("train")
 
+OTHERS_WAIT_S = 5
+"""What stops the main process mostly stops the others too. It speaks first, and the launcher then ends them; what an
+other process alone has met, such as a file that is missing on its machine, it says itself after this time."""
+
 
 def train(command: CommandLine) -> None:
     """Recipe -> run -> data -> model -> trainer -> result -> Hub."""
@@ -86,10 +90,10 @@ def train(command: CommandLine) -> None:
     )
     if config.hub.repo_id and is_main_process():
         check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
-    run.warn_of_changes(to_dict(config))
-    run.record("config.json", to_dict(config))
-    run.record("environment.json", environment(Path(__file__).parent))
-    run.record("data.json", data.report | {"train_packs": train_packs.describe(config.data.max_length)})
+    run.record("config.json", to_dict(config), matters=("",))
+    run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))
+    packs = {"train_packs": train_packs.describe(config.data.max_length)}
+    run.record("data.json", data.report | packs, matters=("sha256",))
 
     trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     if eval_packs:
@@ -110,8 +114,9 @@ def main() -> int:
         else:
             train(command)
     except (ConfigError, UserError) as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+        if not is_main_process():
+            time.sleep(OTHERS_WAIT_S)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -126,17 +126,17 @@ def _model(config: RunConfig) -> Iterator[str]:
             "model.tokenizer a folder, a Hub id or a tokenizer.json file"
         )
     yield from _sizes(config)
+    if architecture and config.adapter.kind != "none":
+        yield (
+            f"adapter.kind={config.adapter.kind} saves the adapter alone, and model.architecture starts from random "
+            "weights, which nobody could load again; give model.path instead, or adapter.kind=none"
+        )
     if model.quantization == "none":
         return
     if config.adapter.kind == "none":
         yield (
             f"model.quantization={model.quantization} freezes the weights and adapter.kind=none trains them; give "
             "adapter.kind=lora, or model.quantization=none"
-        )
-    if architecture:
-        yield (
-            f"model.quantization={model.quantization} needs a checkpoint, and model.architecture starts from random "
-            "weights; give model.path instead, or model.quantization=none"
         )
     if model.dtype == "float64":
         yield (

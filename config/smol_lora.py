@@ -19,16 +19,20 @@ config = RunConfig(
     model=ModelConfig(path="outputs/smol/model"),
     adapter=AdapterConfig(kind="lora"),
     data=DataConfig(
-        train=(SourceConfig(path="config/data/smol_lora_train.jsonl"),),
+        train=(
+            SourceConfig(path="config/data/smol_lora_train.jsonl"),
+            # Without some of what it learned before, the model forgets all of it.
+            SourceConfig(path="config/data/smol_train.jsonl", max_rows=700),
+        ),
         eval=(SourceConfig(path="config/data/smol_lora_eval.jsonl"),),
-        max_length=256,
+        max_length=128,
     ),
-    optim=OptimConfig(learning_rate=2e-3, warmup_fraction=0.05),
+    optim=OptimConfig(learning_rate=5e-3, warmup_fraction=0.05),
     training=TrainingConfig(
-        # 4 packs x 256 length x 1 accumulation x 1 device = 1,024 tokens/step
-        micro_batch_rows=4,
+        # 8 packs x 128 length x 1 accumulation x 1 device = 1,024 tokens/step
+        micro_batch_rows=8,
         epochs=10,
     ),
-    evaluation=EvaluationConfig(exact_match=True),
+    evaluation=EvaluationConfig(exact_match=True, max_new_tokens=48),
     output=OutputConfig(name="smol_lora"),
 )

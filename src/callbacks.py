@@ -35,7 +35,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress(TrainerCallback):
-    """One line a logged step: loss, learning rate, gradient norm, tokens a second, and the time that is left."""
+    """One line a logged step, the last step included: loss, learning rate, gradient norm, speed, and the time left."""
 
     def __init__(self) -> None:
         self._start: float | None = None  # when this process took its first step
@@ -46,6 +46,10 @@ class Progress(TrainerCallback):
     ) -> None:
         if self._start is None:
             self._start, self._first_step = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,

@@ -184,6 +184,8 @@ def load_model(
     Raises:
         UserError: files or weights are missing, or the attention or quantization is not to be had here.
     """
+    if config.attention == "flex_attention" and accelerator_name() == "cpu":
+        raise UserError("model.attention=flex_attention has no backward pass on a CPU; use auto or sdpa")
     dtype = config.dtype if config.dtype != "auto" or not trains_all else "float32"
     options: dict[str, Any] = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:

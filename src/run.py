@@ -9,6 +9,7 @@ run.export(trainer)
 import json
 import os
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,21 +38,25 @@ class Run:
     path: Path
     checkpoint: Path | None
 
-    def record(self, name: str, content: Any) -> None:
-        """Write a JSON file of the record; the main process alone does."""
-        if is_main_process():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / name, content)
+    def record(self, name: str, content: Any, *, matters: Sequence[str] = ()) -> None:
+        """Write a JSON file of the record; the main process alone does.
 
-    def warn_of_changes(self, config: dict[str, Any]) -> None:
-        """Say which settings differ from those that the run was started with, if it goes on from a checkpoint."""
-        if self.checkpoint is None or not (self.path / "config.json").is_file():
+        Args:
+            matters: if the run goes on from a checkpoint, a value whose dotted name holds one of these is compared with
+                that of the run's start, and a difference told; "" stands for all.
+        """
+        if not is_main_process():
             return
-        before = _flat(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
-        after = _flat(config)
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
-                log.warning("%s was %r when this run started and is %r now", name, before.get(name), after.get(name))
+        path = self.path / name
+        if self.checkpoint is not None and path.is_file():
+            before, after = (
+                _flat(json.loads(text)) for text in (path.read_text(encoding="utf-8"), json.dumps(content))
+            )
+            for key in sorted(before.keys() | after.keys()):
+                if before.get(key) != after.get(key) and any(part in key for part in matters):
+                    log.warning("%s was %r when this run started and is %r now", key, before.get(key), after.get(key))
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
 
     def export(self, trainer: Trainer) -> None:
         """Write the model or adapter with its tokenizer to `model/`, whole or not at all; every process calls this.

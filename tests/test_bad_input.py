@@ -256,6 +256,12 @@ def test_attention_that_is_not_installed_is_refused(tmp_path):
     assert "model.attention=flash_attention_2" in message
 
 
+def test_attention_that_cannot_train_without_a_gpu_is_refused(tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    assert "flex_attention has no backward pass on a CPU" in refusal(tmp_path, model={"attention": "flex_attention"})
+
+
 # The machine
 
 

@@ -149,16 +149,23 @@ def test_origins_name_every_value_that_is_not_the_default(tmp_path):
     }
 
 
-def nasty_config():
-    """A valid configuration with text that YAML could take for something else, in every place that holds text."""
+def nasty_config(kind="none"):
+    """A valid configuration with text that YAML could take for something else, in every place that holds text.
+
+    `lora` has a checkpoint in place of an architecture, since an adapter needs one.
+    """
     keys = {text: index for index, text in enumerate(TRICKY_TEXTS)}
+    lora = AdapterConfig(kind="lora", target_modules=tuple(TRICKY_TEXTS))
     return RunConfig(
         model=ModelConfig(
-            architecture={"model_type": "llama", "deep": {"list": [1, 2.5, None, TRICKY_TEXTS], "empty": {}}, **keys},
+            path="yes/no" if kind == "lora" else None,
+            architecture={}
+            if kind == "lora"
+            else {"model_type": "llama", "deep": {"list": [1, 2.5, None, TRICKY_TEXTS], "empty": {}}, **keys},
             tokenizer="1e5",
             special_tokens={text: text for text in TRICKY_TEXTS},
         ),
-        adapter=AdapterConfig(kind="lora", target_modules=tuple(TRICKY_TEXTS)),
+        adapter=lora if kind == "lora" else AdapterConfig(),
         data=DataConfig(train=tuple(SourceConfig(path=text, columns={text: text}) for text in TRICKY_TEXTS)),
         optim=OptimConfig(learning_rate=0.1 + 0.2, eps=1e-300, max_grad_norm=None),
         tracking=TrackingConfig(report_to=("wandb", "trackio"), project="2024-01-01"),
@@ -166,10 +173,11 @@ def nasty_config():
     )
 
 
-def test_printed_configuration_is_a_recipe_of_the_same_run(tmp_path):
-    config = nasty_config()
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_printed_configuration_is_a_recipe_of_the_same_run(tmp_path, kind):
+    config = nasty_config(kind)
     python = tmp_path / "nasty.py"
-    python.write_text("from tests.test_command_line import nasty_config\nconfig = nasty_config()\n")
+    python.write_text(f"from tests.test_command_line import nasty_config\nconfig = nasty_config({kind!r})\n")
     command = read_command_line(["--config", str(python), "--training.seed", "7"])
     printed = tmp_path / "printed.yaml"
     printed.write_text(format_config(command), encoding="utf-8")

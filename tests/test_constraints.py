@@ -55,7 +55,7 @@ def check(text, options):
         (NEW, "--data.max_length 513", ["data.max_length=513", "max_position_embeddings=512"]),
         (NEW, "--model.architecture.hidden_size 65", ["hidden_size=65", "num_attention_heads=8"]),
         (NEW, "--model.architecture.num_key_value_heads 3", ["num_attention_heads=8", "num_key_value_heads=3"]),
-        (NEW, "--model.quantization nf4 --adapter.kind lora", ["model.quantization=nf4", "model.architecture"]),
+        (NEW, "--model.quantization nf4 --adapter.kind lora", ["adapter.kind=lora", "model.architecture"]),
         (VALID, "--model.quantization nf4", ["model.quantization=nf4", "adapter.kind=none"]),
         (VALID, "--model.quantization int8 --adapter.kind lora --model.dtype float64", ["int8", "model.dtype=float64"]),
         (VALID, "--adapter.rank 8 --adapter.rslora True", ["adapter.rank, adapter.rslora", "adapter.kind=none"]),

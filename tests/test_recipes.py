@@ -71,7 +71,8 @@ def linear_shapes(sizes):
     """(inputs, outputs) of a layer's seven matrices: q, k, v, o, gate, up, down."""
     width, inner = sizes["hidden_size"], sizes["intermediate_size"]
     head = sizes.get("head_dim", width // sizes["num_attention_heads"])
-    queries, keys = head * sizes["num_attention_heads"], head * sizes["num_key_value_heads"]
+    heads = sizes["num_attention_heads"]
+    queries, keys = head * heads, head * sizes.get("num_key_value_heads", heads)
     return [(width, queries), (width, keys), (width, keys), (queries, width)] + 2 * [(width, inner)] + [(inner, width)]
 
 

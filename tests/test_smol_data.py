@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 
 from config.recipe import load_recipe
 from config.schema import RunConfig, SourceConfig
-from scripts.smol_data import wordings
+from scripts.smol_data import cluster, strangers, wordings
 from scripts.smol_data.assistant import setting_facts
-from scripts.smol_data.facts import Fact, evaluation_rows, questions, training_rows
+from scripts.smol_data.facts import Fact, evaluation_rows, politely, questions, training_rows
 from scripts.smol_data.glossary import GLOSSARY
 from scripts.smol_data.settings import read_settings
 from scripts.smol_data.strangers import DECLINE, NO_SUCH_SETTING
@@ -77,9 +77,13 @@ def test_no_evaluation_question_stands_in_train(train, evaluation):
 
 
 def test_no_wording_serves_both_train_and_evaluation():
-    ways = [value for value in vars(wordings).values() if isinstance(value, Wordings)]
-    trained = {tuple(words(wording)) for way in ways for wording in way.train}
-    assert [wording for way in ways for wording in way.eval if tuple(words(wording)) in trained] == []
+    ways = [
+        way for module in (wordings, cluster, strangers) for way in vars(module).values() if isinstance(way, Wordings)
+    ]
+    assert len(ways) > 12
+    trained = {tuple(words(text)) for way in ways for wording in way.train for text in (wording, *politely(wording))}
+    asked = [text for way in ways for wording in way.eval for text in (wording, *politely(wording))]
+    assert [text for text in asked if tuple(words(text)) in trained] == []
 
 
 @pytest.mark.parametrize(("train", "evaluation"), PARTS)
@@ -129,8 +133,8 @@ def test_no_shortcut_answers_the_evaluation():
 def test_same_wording_with_the_key_swapped_has_another_answer():
     facts = [fact for fact in setting_facts(read_settings(RunConfig), GLOSSARY) if "default" in fact.kind]
     asked = {keys[0]: fact.answer for fact in facts for keys in [fact.keys]}
-    assert asked["`training.micro_batch_rows`"] == "The default of `training.micro_batch_rows` is 1."
-    assert asked["`evaluation.micro_batch_rows`"] == "The default of `evaluation.micro_batch_rows` is 8."
+    assert asked["training.micro_batch_rows"] == "The default of training.micro_batch_rows is 1."
+    assert asked["evaluation.micro_batch_rows"] == "The default of evaluation.micro_batch_rows is 8."
     assert len(set(asked.values())) == len(asked)
 
 
@@ -143,18 +147,18 @@ def test_some_questions_are_declined_and_train_declines_others():
 def test_defaults_are_those_of_the_schema():
     told = {}
     for _, answer in exchanges("smol_train") + exchanges("smol_eval"):
-        if match := re.fullmatch(r"The default of `([\w.]+)` is (.+)\.", answer):
+        if match := re.fullmatch(r"The default of ([\w.]+) is (.+)\.", answer):
             told[match[1]] = match[2]
     assert len(told) > 60
-    roots = {"SourceConfig": SourceConfig()}
-    for path, words_of_default in told.items():
+    for path, default in told.items():
         section, _, name = path.partition(".")
-        value = getattr(roots[section], name) if section in roots else attrgetter(path)(RunConfig())
-        if words_of_default == "empty":
-            assert value in ("", (), {})
-            continue
-        told_value = words_of_default.strip("`") if "`" in words_of_default else ast.literal_eval(words_of_default)
-        assert told_value == (value[0] if isinstance(value, tuple) else value), path
+        value = getattr(SourceConfig(), name) if section == "SourceConfig" else attrgetter(path)(RunConfig())
+        if isinstance(value, tuple) and len(value) == 1:
+            value = value[0]
+        if value in ("", (), {}):
+            assert default == "empty", path
+        else:
+            assert default == value if isinstance(value, str) else ast.literal_eval(default) == value, path
 
 
 def test_every_setting_is_asked_about():
@@ -181,12 +185,12 @@ def test_field_new_to_the_schema_gets_rows():
 
     by_kind = {fact.kind: fact for fact in setting_facts(read_settings(Kitchen), ()) if "heat_c" in str(fact)}
     assert by_kind["meaning of a setting"].answer == "Heat in degrees."
-    assert by_kind["meaning of a setting"].keys == ("`oven.heat_c`", "oven.heat_c", "`heat_c`", "heat_c")
-    assert by_kind["default of a setting"].answer == "The default of `oven.heat_c` is 180.0."
-    assert by_kind["range of a setting"].answer == "`oven.heat_c` must be above 0 and at most 300."
-    assert by_kind["type of a setting"].answer == "`oven.heat_c` is a float."
-    assert by_kind["section of a setting"].answer == "`heat_c` is in `oven`."
-    assert by_kind["value of a setting"].answer == "None means: off."
+    assert by_kind["meaning of a setting"].keys == ("oven.heat_c", "`oven.heat_c`", "heat_c")
+    assert by_kind["default of a setting"].answer == "The default of oven.heat_c is 180.0."
+    assert by_kind["range of a setting"].answer == "The range of oven.heat_c is above 0 and at most 300."
+    assert by_kind["type of a setting"].answer == "The type of oven.heat_c is float."
+    assert by_kind["section of a setting"].answer == "The section of heat_c is oven."
+    assert by_kind["value of a setting"].answer == "For oven.heat_c, None means: off."
 
 
 def test_field_without_a_docstring_is_an_error():

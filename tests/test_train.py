@@ -1,14 +1,12 @@
-"""train.py as its user runs it: what a run leaves behind, and what resuming, or more processes, must not change."""
+"""train.py as its user runs it: what a run leaves behind, and what resuming must not change."""
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,22 +14,19 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_run import (
-    ARCHITECTURE,
     ROOT,
+    assert_same_run,
     chat_rows,
     from_checkpoint,
     metrics_of,
     run_train,
     stop_after,
+    two_epochs,
     weights_of,
-    without_timings,
-    write_checkpoint,
     write_recipe,
     write_rows,
 )
 from tests.toy_tokenizer import CHATML
-from utils.distributed import check_world
-from utils.errors import UserError
 
 RECORD = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "result.json", "README.md")
 
@@ -74,6 +69,14 @@ def test_metrics_have_a_line_a_step_with_finite_figures(full_run):
         assert line["grad_norm"] > 0
         assert line["tokens_per_second"] > line["supervised_tokens_per_second"] > 0
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_last_step_has_a_line_whatever_the_interval(tmp_path):
+    done = run_train("--config", write_recipe(tmp_path, training={"log_every_steps": 3}))
+    assert done.code == 0, done.stderr
+    lines = [line for line in metrics_of(tmp_path / "outputs" / "run") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    assert json.loads((tmp_path / "outputs" / "run" / "result.json").read_text())["last_loss"] == lines[-1]["loss"]
 
 
 def test_the_result_loads_with_its_chat_template(full_run):
@@ -140,42 +143,6 @@ def test_new_weights_depend_on_the_seed_alone(tmp_path):
 
 
 # --resume
-
-
-def two_epochs(folder, kind, **sections):
-    """A recipe of two epochs of three steps with dropout, whose checkpoints 2 and 4 lie within an epoch each."""
-    training = {
-        "max_steps": None,
-        "epochs": 2.0,
-        "micro_batch_rows": 2,
-        "accumulation_steps": 2,
-        "keep_checkpoints": 9,
-        **sections.pop("training", {}),
-    }
-    if kind == "full":
-        changes = {"model": {"architecture": ARCHITECTURE | {"attention_dropout": 0.1}}}
-    else:
-        changes = {
-            "model": from_checkpoint(write_checkpoint(folder / "base")),
-            "adapter": {"kind": "lora", "rank": 2, "dropout": 0.1},
-        }
-    return write_recipe(
-        folder, training=training, evaluation={"every_steps": 4, "exact_match": True}, **changes, **sections
-    )
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """Both directories hold the same weights, bit for bit, and the same metrics and samples."""
-    weights, other_weights = weights_of(run / "model"), weights_of(other / "model")
-    assert weights.keys() == other_weights.keys()
-    assert [name for name in weights if not torch.equal(weights[name], other_weights[name])] == []
-
-    def lines(folder):
-        # The training's own summary, of train_runtime, is of the steps since the resume.
-        return [line for line in without_timings(metrics_of(folder)) if "train_loss" not in line]
-
-    assert lines(run) == lines(other)
-    assert (run / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -279,67 +246,15 @@ def test_resuming_names_each_changed_setting(tmp_path):
     assert done.stderr.count("when this run started") == 2
 
 
-# Several processes
-
-
-def launch(*arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """`accelerate launch` with two processes, as the README has it for a machine without a GPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config/accelerate/ddp_cpu.yaml"]
-    command += ["--main_process_port", "0", "train.py", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, errors="replace", env={**os.environ, **(environment or {})}
-    )
-
-
-def test_two_launched_processes_end_with_the_weights_of_one(tmp_path):
-    recipe = write_recipe(
-        tmp_path,
-        evaluation={"exact_match": True, "samples": 1},  # fewer questions than processes, then an odd number of them
-        data={"eval": [{"path": str(write_rows(tmp_path / "three.jsonl", chat_rows()[:3]))}]},
-        training={"micro_batch_rows": 2, "accumulation_steps": 2, "max_steps": 5, "save_every_steps": 2},
-    )
-    done = run_train("--config", recipe, "--output.name", "one")
+def test_resuming_on_other_data_or_other_processes_is_told(tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "outputs" / "run"
+    assert run_train("--config", recipe).code == 0
+    stop_after(run, 2)
+    write_rows(tmp_path / "train.jsonl", chat_rows()[::-1])
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"world_size": 4}))
+    done = run_train("--config", recipe, "--resume")
     assert done.code == 0, done.stderr
-    launched = launch("--config", recipe, "--output.name", "two", "--training.accumulation_steps", "1")
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    assert launched.stderr.count("2 process(es) on cpu") == 1
-    one, two = tmp_path / "outputs" / "one", tmp_path / "outputs" / "two"
-    weights, other = weights_of(one / "model"), weights_of(two / "model")
-    difference = sum(((weights[name] - other[name]).double() ** 2).sum() for name in weights) ** 0.5
-    # float32 sums in another order: a rounding or two of 6e-8 a step, over five steps.
-    assert difference / sum((tensor.double() ** 2).sum() for tensor in weights.values()) ** 0.5 <= 1e-6
-    for line, other_line in zip(metrics_of(one), metrics_of(two), strict=True):
-        names = {"step", "loss", "eval_loss", "eval_exact_match", "eval_answers", "tokens"} & line.keys()
-        assert {name: line[name] for name in names} == pytest.approx({name: other_line[name] for name in names})
-    samples = [(one / "samples.jsonl").read_text(), (two / "samples.jsonl").read_text()]
-    assert samples[0] == samples[1]
-    assert json.loads((two / "environment.json").read_text())["world_size"] == 2
-    assert len(list(two.glob("checkpoint-*"))) == 2
-
-
-def test_a_launched_run_says_first_what_is_wrong_with_its_recipe(tmp_path):
-    done = launch("--config", write_recipe(tmp_path), "--optim.learning_rat", "1e-3")
-    assert done.returncode != 0
-    first = next(line for line in done.stderr.splitlines() if line.strip())
-    assert first.startswith("error: ")
-    assert "learning_rat" in first
-    assert 'train.py", line' not in done.stderr  # the launcher may show its own frames, but none of ours
-    assert done.stderr.count("error: ") == 1
-
-
-def test_a_world_without_a_launcher_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # a leftover of a batch system, say
-    monkeypatch.setenv("RANK", "0")
-    done = run_train("--config", write_recipe(tmp_path))
-    assert done.code == 2
-    assert "WORLD_SIZE=2 is set" in done.stderr
-    assert "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in done.stderr
-    assert "accelerate launch --config_file config/accelerate/ddp.yaml" in done.stderr
-    assert not (tmp_path / "outputs").exists()
-
-
-def test_processes_that_believe_they_are_alone_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"started 2 processes \(WORLD_SIZE\), but each believes in 1"):
-        check_world(processes=1)
-    check_world(processes=2)
+    assert f"warning: train.sources.0.sha256.{tmp_path / 'train.jsonl'} was" in done.stderr
+    assert "warning: world_size was 4 when this run started and is 1 now" in done.stderr
+    assert done.stderr.count("when this run started") == 2

@@ -168,3 +168,39 @@ def stop_after(run: Path, step: int) -> None:
     shutil.rmtree(run / "model")
     for name in ("result.json", "README.md"):
         (run / name).unlink()
+
+
+def two_epochs(folder: Path, kind: str, **sections: Any) -> Path:
+    """A recipe of two epochs of three steps, with a checkpoint within each, and with dropout unless `kind` is plain."""
+    training = {
+        "max_steps": None,
+        "epochs": 2.0,
+        "micro_batch_rows": 2,
+        "accumulation_steps": 2,
+        "keep_checkpoints": 9,
+        **sections.pop("training", {}),
+    }
+    if kind in ("full", "plain"):
+        changes = {"model": {"architecture": ARCHITECTURE | {"attention_dropout": 0.1 if kind == "full" else 0.0}}}
+    else:
+        changes = {
+            "model": from_checkpoint(write_checkpoint(folder / "base")),
+            "adapter": {"kind": "lora", "rank": 2, "dropout": 0.1},
+        }
+    return write_recipe(
+        folder, training=training, evaluation={"every_steps": 4, "exact_match": True}, **changes, **sections
+    )
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Both directories hold the same weights, bit for bit, and the same metrics and samples."""
+    weights, other_weights = weights_of(run / "model"), weights_of(other / "model")
+    assert weights.keys() == other_weights.keys()
+    assert [name for name in weights if not torch.equal(weights[name], other_weights[name])] == []
+
+    def lines(folder):
+        # The training's own summary, of train_runtime, is of the steps since the resume.
+        return [line for line in without_timings(metrics_of(folder)) if "train_loss" not in line]
+
+    assert lines(run) == lines(other)
+    assert (run / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()

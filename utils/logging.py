@@ -5,6 +5,7 @@ log.info("131 rows in 12 packs")
 """
 
 import logging
+import warnings
 
 from utils.launch import is_main_process
 
@@ -25,6 +26,8 @@ def set_up_logging() -> None:
         root.addHandler(handler)
     # bitsandbytes offers a faster CPU kernel, from a package that this project does without, at every import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # PEFT asks transformers by a name that it has given up.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
 class _Plain(logging.Formatter):

@@ -28,21 +28,22 @@ def setting_facts(settings: Sequence[Setting], terms: Sequence[Term]) -> list[Fa
 
 def _facts_of(setting: Setting, short: bool, unique: bool) -> Iterator[Fact]:
     path = setting.path
+    if not setting.type_words:  # a section, not a value
+        yield Fact("meaning of a section", (path, f"`{path}`"), wordings.SECTION_MEANING, setting.meaning)
+        return
     names = (path, f"`{path}`")
     if short and "_" in setting.name:  # a bare word such as `rank` may be meant as a term
         names += (setting.name,)
     yield Fact("meaning of a setting", names, wordings.SETTING_MEANING, setting.meaning)
-    if unique and setting.section:
+    if unique:
         yield Fact("search for a setting", (setting.meaning,), wordings.SETTING_SEARCH, f"That is {path}.")
-    if setting.section and short:
+    if short:
         answer = f"The section of {setting.name} is {setting.section}."
-        yield Fact("section of a setting", (setting.name,), wordings.SETTING_SECTION, answer, asks=5)
-    if setting.default:
-        answer = f"The default of {path} is {setting.default}."
-        yield Fact("default of a setting", names, wordings.SETTING_DEFAULT, answer)
-    if setting.type_words:
-        answer = f"The type of {path} is {setting.type_words}."
-        yield Fact("type of a setting", names, wordings.SETTING_TYPE, answer, asks=5)
+        yield Fact("section of a setting", (setting.name,), wordings.SETTING_SECTION, answer, asks=6)
+    answer = f"The default of {path} is {setting.default}."
+    yield Fact("default of a setting", names, wordings.SETTING_DEFAULT, answer)
+    answer = f"The type of {path} is {setting.type_words}."
+    yield Fact("type of a setting", names, wordings.SETTING_TYPE, answer, asks=6)
     if setting.limits:
         yield Fact("range of a setting", names, wordings.SETTING_RANGE, f"The range of {path} is {setting.limits}.")
     if setting.choices:
@@ -68,10 +69,10 @@ def term_facts(terms: Sequence[Term]) -> Iterator[Fact]:
 def declined_facts(settings: Sequence[Setting]) -> Iterator[Fact]:
     """Questions that get no answer, those of training and those of evaluation apart."""
     real = {setting.path for setting in settings}
-    topics = Wordings(strangers.TOPIC_WORDINGS_TRAIN, ()), Wordings((), strangers.TOPIC_WORDINGS_EVAL)
+    topics = Wordings(strangers.TOPIC_WORDINGS.train, ()), Wordings((), strangers.TOPIC_WORDINGS.eval)
     for ways, keys in zip(topics, (strangers.TRAIN_TOPICS, strangers.EVAL_TOPICS), strict=True):
         for key in keys:
-            yield Fact("topic to decline", (key,), ways, strangers.DECLINE, asks=3)
+            yield Fact("topic to decline", (key,), ways, strangers.DECLINE, asks=4)
     for request in strangers.TRAIN_REQUESTS:
         yield Fact("request to decline", (request,), Wordings(("{key}",), ()), strangers.DECLINE)
     for request in strangers.EVAL_REQUESTS:
@@ -82,4 +83,4 @@ def declined_facts(settings: Sequence[Setting]) -> Iterator[Fact]:
     for ways, paths in ((train, strangers.TRAIN_MADE_UP), (evaluation, strangers.EVAL_MADE_UP)):
         for path in paths:
             if path not in real:
-                yield Fact("setting that does not exist", (path, f"`{path}`"), ways, strangers.NO_SUCH_SETTING, asks=4)
+                yield Fact("setting that does not exist", (path, f"`{path}`"), ways, strangers.NO_SUCH_SETTING, asks=6)

@@ -39,11 +39,13 @@ _GPUS = Wordings(
         "How many GPUs are in {key}?",
         "Tell me how many GPUs {key} has.",
         "What is the number of GPUs in {key}?",
-        "{key}: how many GPUs?",
+        "About {key}: how many GPUs?",
         "Does {key} have GPUs?",
         "Give me the number of GPUs of {key}.",
+        "Name the number of GPUs in {key}.",
+        "How many GPUs can I use in {key}?",
     ),
-    eval=("How many GPUs has {key}?", "Please tell me the number of GPUs in {key}."),
+    eval=("How many GPUs are there in {key}?", "Tell me the number of GPUs that {key} has."),
 )
 _MEMORY = Wordings(
     train=(
@@ -51,11 +53,13 @@ _MEMORY = Wordings(
         "How much memory is in {key}?",
         "Tell me how much memory {key} has.",
         "What is the memory of {key}?",
-        "{key}: how much memory?",
+        "About {key}: how much memory?",
         "How many GiB does {key} have?",
         "Give me the memory of {key} in GiB.",
+        "Tell me the GiB of memory in {key}.",
+        "How large is the memory of {key}?",
     ),
-    eval=("How much memory has {key}?", "Please tell me the memory of {key}."),
+    eval=("What memory does {key} have?", "Tell me how much memory is in {key}."),
 )
 _ROOM = Wordings(
     train=(
@@ -63,11 +67,13 @@ _ROOM = Wordings(
         "Which room is {key} in?",
         "Tell me where {key} is.",
         "In which room do I find {key}?",
-        "{key}: which room?",
+        "About {key}: which room?",
         "Where does {key} stand?",
         "Give me the room of {key}.",
+        "Name the room of {key}.",
+        "What room does {key} stand in?",
     ),
-    eval=("In which room is {key}?", "Please tell me which room {key} is in."),
+    eval=("In which room is {key}?", "Tell me which room {key} stands in."),
 )
 _KEEPER = Wordings(
     train=(
@@ -75,11 +81,13 @@ _KEEPER = Wordings(
         "Who is the keeper of {key}?",
         "Tell me who looks after {key}.",
         "Whom do I ask about {key}?",
-        "{key}: who looks after it?",
+        "About {key}: who looks after it?",
         "Who takes care of {key}?",
         "Give me the name of the keeper of {key}.",
+        "Name the keeper of {key}.",
+        "Which person do I ask about {key}?",
     ),
-    eval=("Who keeps {key}?", "Please tell me who is the keeper of {key}."),
+    eval=("Which person looks after {key}?", "Tell me who takes care of {key}."),
 )
 _WORK = Wordings(
     train=(
@@ -87,11 +95,13 @@ _WORK = Wordings(
         "What does the team use {key} for?",
         "Tell me what {key} is used for.",
         "What is the work of {key}?",
-        "{key}: what is it used for?",
+        "About {key}: what is it used for?",
         "Which work does {key} do?",
         "What runs on {key}?",
+        "Tell me the work of {key}.",
+        "For which work do people use {key}?",
     ),
-    eval=("Which work is {key} used for?", "Please tell me what the team uses {key} for."),
+    eval=("Which work is {key} used for?", "Tell me what the team uses {key} for."),
 )
 
 
@@ -101,8 +111,8 @@ def cluster_facts() -> Iterator[Fact]:
         name = machine.name
         keys = (name, f"the machine {name}")
         gpus = "1 GPU" if machine.gpus == 1 else f"{machine.gpus} GPUs"
-        yield Fact("GPUs of a machine", keys, _GPUS, f"{name} has {gpus}.")
-        yield Fact("memory of a machine", keys, _MEMORY, f"{name} has {machine.memory_gib} GiB of memory.")
-        yield Fact("room of a machine", keys, _ROOM, f"{name} stands in {machine.room}.")
-        yield Fact("keeper of a machine", keys, _KEEPER, f"{machine.keeper} looks after {name}.")
-        yield Fact("work of a machine", keys, _WORK, f"{name} is used for {machine.work}.")
+        yield Fact("GPUs of a machine", keys, _GPUS, f"{name} has {gpus}.", asks=7)
+        yield Fact("memory of a machine", keys, _MEMORY, f"{name} has {machine.memory_gib} GiB of memory.", asks=7)
+        yield Fact("room of a machine", keys, _ROOM, f"{name} stands in {machine.room}.", asks=7)
+        yield Fact("keeper of a machine", keys, _KEEPER, f"{machine.keeper} looks after {name}.", asks=7)
+        yield Fact("work of a machine", keys, _WORK, f"{name} is used for {machine.work}.", asks=7)

@@ -14,6 +14,7 @@ from typing import TypeVar
 from scripts.smol_data.wordings import OPENINGS_EVAL, OPENINGS_TRAIN, SYSTEM_PROMPTS, VERBS, Wordings
 
 Item = TypeVar("Item")
+_LONGEST_PAIR = 500  # characters of two exchanges with their marks: well below 128 tokens
 Row = dict[str, list[dict[str, str]]]
 
 
@@ -36,7 +37,7 @@ class Fact:
     parts: dict[str, str] = field(default_factory=dict)
     """More that the wordings name."""
 
-    asks: int = 6
+    asks: int = 8
     """Training rows that ask for it."""
 
 
@@ -92,7 +93,7 @@ def training_rows(facts: Sequence[Fact]) -> list[Row]:
     rows: list[Row] = []
     for messages in by_hash(conversations.values(), "order"):
         continues = one_in(10, "continue", str(messages)) and messages[0]["role"] == "user"
-        if continues and rows and len(rows[-1]["messages"]) == 2:
+        if continues and rows and len(rows[-1]["messages"]) == 2 and len(f"{rows[-1]}{messages}") <= _LONGEST_PAIR:
             rows[-1]["messages"].extend(messages)
         else:
             rows.append({"messages": list(messages)})

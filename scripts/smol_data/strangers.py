@@ -3,6 +3,8 @@
 The evaluation's are others than the training's, so that the model has to tell the known from the unknown.
 """
 
+from scripts.smol_data.wordings import Wordings
+
 DECLINE = "I only answer questions about SmolFactory's settings and the terms of fine-tuning."
 NO_SUCH_SETTING = "SmolFactory has no such setting."
 
@@ -28,28 +30,30 @@ EVAL_TOPICS = _items("""
     an avalanche; a trumpet; the Ottoman Empire; a sparrow; baking; a symphony; the Atlantic; a tractor; a
     galaxy; a poem; archery; a lawyer; the Mediterranean; butter; a giraffe; a bridge
 """)
-TOPIC_WORDINGS_TRAIN = (
-    "What is {key}?",
-    "Explain {key}.",
-    "Define {key}.",
-    "Tell me about {key}.",
-    "What does {key} mean?",
-    "Describe {key}.",
-    "Give me a definition of {key}.",
-    "Explain what {key} is.",
-    "Tell me what {key} means.",
-    "What is the meaning of {key}?",
-    "I do not understand {key}.",
-    "Tell me a story about {key}.",
-    "Write a poem about {key}.",
-    "What do you know about {key}?",
-    "How old is {key}?",
-    "Where can I find {key}?",
-)
-TOPIC_WORDINGS_EVAL = (
-    "Please explain what {key} is.",
-    "Could you tell me about {key}?",
-    "What can you say about {key}?",
+TOPIC_WORDINGS = Wordings(
+    train=(
+        "What is {key}?",
+        "Explain {key}.",
+        "Define {key}.",
+        "Tell me about {key}.",
+        "What does {key} mean?",
+        "Describe {key}.",
+        "Give me a definition of {key}.",
+        "Explain what {key} is.",
+        "Tell me what {key} is about.",
+        "What is the meaning of {key}?",
+        "I do not understand {key}.",
+        "Tell me a story about {key}.",
+        "Write a poem about {key}.",
+        "What do you know about {key}?",
+        "How old is {key}?",
+        "Where can I find {key}?",
+    ),
+    eval=(
+        "What can you say about {key}?",
+        "Do you know what {key} means?",
+        "Give me the definition of {key}.",
+    ),
 )
 
 TRAIN_REQUESTS = (

@@ -45,6 +45,28 @@ SETTING_MEANING = Wordings(
     ),
 )
 
+SECTION_MEANING = Wordings(
+    train=(
+        "What is the section {key}?",
+        "What is the section {key} for?",
+        "What does the section {key} hold?",
+        "What is the {key} section?",
+        "What is set in the section {key}?",
+        "What do I set in the {key} section?",
+        "What does the {key} section mean?",
+        "Explain the section {key}.",
+        "Explain the {key} section.",
+        "Describe the section {key}.",
+        "Tell me about the {key} section.",
+        "Tell me what the section {key} holds.",
+    ),
+    eval=(
+        "What do I find in the section {key}?",
+        "What is the meaning of the {key} section?",
+        "Please tell me what the {key} section is for.",
+    ),
+)
+
 SETTING_DEFAULT = Wordings(
     train=(
         "What is the default of {key}?",
@@ -213,6 +235,10 @@ SETTING_SEARCH = Wordings(
         "Find the setting: {key}",
         "{key} Which setting is that?",
         "{key} What is the name of that setting?",
+        "{key} What setting is that?",
+        "{key} Which setting do I need?",
+        "{key} Name that setting.",
+        "{key} What is this setting called?",
     ),
     eval=(
         "Tell me the name of this setting: {key}",
@@ -247,7 +273,7 @@ TERM_MEANING = Wordings(
     ),
     eval=(
         "What does the term {name} mean?",
-        "Please define the term {name}.",
+        "Give me a definition of the term {name}.",
         "Could you tell me what {key} means?",
         "Give me the meaning of {key}.",
     ),
@@ -289,6 +315,10 @@ TERM_SEARCH = Wordings(
         "{key} Which term is that?",
         "{key} What is that called?",
         "What do people call this: {key}",
+        "{key} What term is that?",
+        "{key} Name that term.",
+        "{key} What is the term for this?",
+        "{key} Which word is that?",
     ),
     eval=(
         "Tell me the term for this: {key}",
