@@ -234,9 +234,11 @@ def _report(sources: Sequence[_Prepared], config: DataConfig, side: str) -> dict
         "dropped": dict(sum((Counter(account["dropped"]) for account in accounts), Counter())),
     }
     if report["rows_kept"] == 0:
+        if not report["dropped"]:
+            raise UserError(f"no {side} row is left: data.{side} gives none that does not stand in data.eval; give others")
         raise UserError(
-            f"no {side} row is left: {report['dropped'] or 'none was given'}; raise data.max_length="
-            f"{config.max_length}, or set data.too_long=truncate (now {config.too_long})"
+            f"no {side} row is left: {report['dropped']}; raise data.max_length={config.max_length}, or set "
+            f"data.too_long=truncate (now {config.too_long})"
         )
     return report
 

@@ -91,10 +91,12 @@ def test_drawn_answers_depend_on_the_seed_and_greedy_ones_do_not(checkpoint):
 
 
 def test_a_memorised_answer_is_counted_as_exact_and_another_is_not(tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", [conversation("name?", "Ada"), conversation("sum of 1 and 2?", "three")])
+    held_out = [conversation("name?", "Ada"), conversation("sum of 1 and 2?", "three")]
+    longer = [{"messages": row["messages"] + conversation("and?", "none")["messages"]} for row in held_out]
+    train, rows = write_rows(tmp_path / "longer.jsonl", longer), write_rows(tmp_path / "rows.jsonl", held_out)
     recipe = write_recipe(
         tmp_path,
-        data={"train": [{"path": str(rows)}], "eval": [{"path": str(rows)}]},
+        data={"train": [{"path": str(train)}], "eval": [{"path": str(rows)}]},
         optim={"learning_rate": 1e-2, "schedule": "constant"},
         training={"max_steps": 40, "save_every_steps": None, "log_every_steps": 40},
         evaluation={"exact_match": True, "max_new_tokens": 12},

@@ -70,7 +70,8 @@ def write_recipe(folder: Path, name: str = "recipe.yaml", **changes: Any) -> Pat
     toy_tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "template.jinja").write_text(CHATML, encoding="utf-8")
     train_file = write_rows(folder / "train.jsonl", chat_rows())
-    eval_file = write_rows(folder / "eval.jsonl", chat_rows(4))
+    questions = [conversation(f"please {row['messages'][0]['content']}", "zero") for row in chat_rows(4)]
+    eval_file = write_rows(folder / "eval.jsonl", questions)
     tree: dict[str, dict[str, Any]] = {
         "model": {
             "architecture": ARCHITECTURE,
