@@ -9,7 +9,6 @@ which attention takes the borders: no row sees another. Without packing every pa
 Shapes: B packs in a batch, L tokens in the longest of them.
 """
 
-import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +35,12 @@ FILLER = -1
 
 
 def best_fit_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Group rows into packs of at most `capacity` tokens, longest first, each into the fullest pack that has room.
+    """Group rows into packs of at most `capacity` tokens, longest first, each pack filled to the last token if it can be.
+
+    A pack takes the longest row that is left, and then again the longest that fits, until one row or two together are as
+    long as the room that is left; these end it. Plain best-fit decreasing has no choice of the last rows: of rows of
+    about 500 tokens it puts four into packs of 2048, and leaves the room beside them. Lengths that are left are the bits
+    of one integer, so that a look-up costs a few shifts, whatever the number of rows.
 
     Args:
         lengths: tokens per row, each in 1..capacity.
@@ -51,28 +55,54 @@ def best_fit_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[li
     wrong = np.flatnonzero((sizes < 1) | (sizes > capacity))
     if len(wrong):
         raise ValueError(f"row {wrong[0]} has {sizes[wrong[0]]} tokens; a pack takes 1 to {capacity}")
-    order = np.argsort(-sizes, kind="stable")
+    left = _RowsLeft(sizes, capacity)
     packs: list[list[int]] = []
-    packs_with_room: dict[int, list[int]] = {}  # room left -> packs that have it
-    rooms: list[int] = []  # the keys above, ascending
-    for index, length in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        place = bisect.bisect_left(rooms, length)
-        if place == len(rooms):
-            pack, room = len(packs), capacity
-            packs.append([])
-        else:
-            room = rooms[place]
-            pack = packs_with_room[room].pop()
-            if not packs_with_room[room]:
-                del packs_with_room[room], rooms[place]
-        packs[pack].append(index)
-        left = room - length
-        if left:
-            if left not in packs_with_room:
-                bisect.insort(rooms, left)
-                packs_with_room[left] = []
-            packs_with_room[left].append(pack)
+    while left.lengths:
+        pack: list[int] = []
+        room = capacity
+        while room and (fitting := left.ending(room) or left.longest(room)):
+            pack += map(left.take, fitting)
+            room -= sum(fitting)
+        packs.append(pack)
     return packs
+
+
+class _RowsLeft:
+    """Rows by length; bit n of `lengths` says that a row of n tokens is left, and so does bit capacity - n of `mirror`."""
+
+    def __init__(self, sizes: np.ndarray, capacity: int) -> None:
+        self.capacity = capacity
+        self.order = np.argsort(sizes, kind="stable").tolist()
+        counts = np.bincount(sizes, minlength=capacity + 1)
+        self.counts: list[int] = counts.tolist()
+        self.next: list[int] = (np.cumsum(counts) - counts).tolist()  # where in `order` a length's next row is
+        self.lengths = sum(1 << length for length in np.flatnonzero(counts).tolist())
+        self.mirror = sum(1 << (capacity - length) for length in np.flatnonzero(counts).tolist())
+
+    def longest(self, room: int) -> tuple[int, ...]:
+        """The greatest length of at most `room`; nothing if there is none."""
+        fitting = self.lengths & ((1 << (room + 1)) - 1)
+        return (fitting.bit_length() - 1,) if fitting else ()
+
+    def ending(self, room: int) -> tuple[int, ...]:
+        """A length, or two, that are `room` together; nothing if there are none."""
+        if self.lengths >> room & 1:
+            return (room,)
+        pairs = self.lengths & (self.mirror >> (self.capacity - room))  # bit n: rows of n and room - n tokens are left
+        longer = pairs.bit_length() - 1
+        if longer * 2 == room and self.counts[longer] < 2:
+            return ()  # the longer of a pair is half the room: that row would be both
+        return (longer, room - longer) if pairs else ()
+
+    def take(self, length: int) -> int:
+        """The next row of a length."""
+        index = self.order[self.next[length]]
+        self.next[length] += 1
+        self.counts[length] -= 1
+        if not self.counts[length]:
+            self.lengths ^= 1 << length
+            self.mirror ^= 1 << (self.capacity - length)
+        return index
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:

@@ -26,6 +26,14 @@ def test_best_fit_matches_a_hand_worked_case():
     assert best_fit_bins([5, 3, 7, 4, 1], capacity=10) == [[2, 1], [0, 3, 4]]
 
 
+def test_a_pack_ends_with_the_rows_that_fill_it():
+    # Best-fit decreasing alone would end the first pack with the 5: 6 + 5, and 4 + 4 + 3 and 1 in two more.
+    packs = best_fit_bins([6, 5, 4, 4, 3, 2], capacity=12)
+    assert packs == [[0, 2, 5], [1, 3, 4]]
+    assert best_fit_bins([3, 8, 3], capacity=14) == [[1, 0, 2]]
+    assert best_fit_bins([3, 8, 2], capacity=14) == [[1, 0, 2]]
+
+
 def test_best_fit_keeps_every_row_once_and_the_capacity():
     lengths = np.random.default_rng(0).integers(1, 129, size=3000).tolist()
     packs = best_fit_bins(lengths, capacity=512)

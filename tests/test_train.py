@@ -58,7 +58,10 @@ def test_a_run_directory_holds_its_whole_record(full_run):
     assert result["after"]["loss"] < result["before"]["loss"]
     assert result["after"]["answers"] == 4
     samples = [json.loads(line) for line in (full_run / "samples.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["prompt"]) for line in samples] == [(0, "please count to 0 from 0"), (4, "count to 0 from 0")]
+    assert [(line["step"], line["prompt"]) for line in samples] == [
+        (0, "please count to 0 from 0"),
+        (4, "please count to 0 from 0"),
+    ]
 
 
 def test_metrics_have_a_line_a_step_with_finite_figures(full_run):
