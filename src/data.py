@@ -235,7 +235,7 @@ def _report(sources: Sequence[_Prepared], config: DataConfig, side: str) -> dict
     }
     if report["rows_kept"] == 0:
         if not report["dropped"]:
-            raise UserError(f"no {side} row is left: data.{side} gives none that does not stand in data.eval; give others")
+            raise UserError(f"no {side} row is left: data.{side} gives none that data.eval has not; give others")
         raise UserError(
             f"no {side} row is left: {report['dropped']}; raise data.max_length={config.max_length}, or set "
             f"data.too_long=truncate (now {config.too_long})"
