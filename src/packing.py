@@ -35,12 +35,12 @@ FILLER = -1
 
 
 def best_fit_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Group rows into packs of at most `capacity` tokens, longest first, each pack filled to the last token if it can be.
+    """Group rows into packs of at most `capacity` tokens, longest first, each filled to the last token if it can be.
 
-    A pack takes the longest row that is left, and then again the longest that fits, until one row or two together are as
-    long as the room that is left; these end it. Plain best-fit decreasing has no choice of the last rows: of rows of
-    about 500 tokens it puts four into packs of 2048, and leaves the room beside them. Lengths that are left are the bits
-    of one integer, so that a look-up costs a few shifts, whatever the number of rows.
+    A pack takes the longest row that is left, and then again the longest that fits, until one row or two together are
+    as long as its room; these end it. Plain best-fit decreasing has no choice of the last rows: of rows of about 500
+    tokens it puts four into packs of 2048, and later finds nothing for the room beside them. The lengths that are left
+    are the bits of one integer, so that a look-up takes a few shifts, whatever the number of rows.
 
     Args:
         lengths: tokens per row, each in 1..capacity.
@@ -68,7 +68,7 @@ def best_fit_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[li
 
 
 class _RowsLeft:
-    """Rows by length; bit n of `lengths` says that a row of n tokens is left, and so does bit capacity - n of `mirror`."""
+    """Rows by length: bit n of `lengths`, and bit capacity - n of `mirror`, say that a row of n tokens is left."""
 
     def __init__(self, sizes: np.ndarray, capacity: int) -> None:
         self.capacity = capacity

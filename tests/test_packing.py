@@ -27,7 +27,7 @@ def test_best_fit_matches_a_hand_worked_case():
 
 
 def test_a_pack_ends_with_the_rows_that_fill_it():
-    # Best-fit decreasing alone would end the first pack with the 5: 6 + 5, and 4 + 4 + 3 and 1 in two more.
+    # Best-fit decreasing alone needs three packs: 6 + 5, 4 + 4 + 3, and 2.
     packs = best_fit_bins([6, 5, 4, 4, 3, 2], capacity=12)
     assert packs == [[0, 2, 5], [1, 3, 4]]
     assert best_fit_bins([3, 8, 3], capacity=14) == [[1, 0, 2]]
