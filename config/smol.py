@@ -39,7 +39,7 @@ config = RunConfig(
     training=TrainingConfig(
         # 8 packs x 128 length x 1 accumulation x 1 device = 1,024 tokens/step
         micro_batch_rows=8,
-        epochs=3,
+        epochs=4,
     ),
     evaluation=EvaluationConfig(exact_match=True, max_new_tokens=48),
     output=OutputConfig(name="smol"),
