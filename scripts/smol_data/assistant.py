@@ -21,6 +21,7 @@ def setting_facts(settings: Sequence[Setting], terms: Sequence[Term]) -> list[Fa
     facts = [
         fact
         for setting in settings
+        if setting.section  # the sections themselves are too few to learn a kind of question for
         for fact in _facts_of(setting, short=names[setting.name] == 1, unique=meanings[setting.meaning] == 1)
     ]
     return [fact for fact in facts if len(fact.answer) <= _LONGEST_ANSWER]
@@ -28,9 +29,6 @@ def setting_facts(settings: Sequence[Setting], terms: Sequence[Term]) -> list[Fa
 
 def _facts_of(setting: Setting, short: bool, unique: bool) -> Iterator[Fact]:
     path = setting.path
-    if not setting.type_words:  # a section, not a value
-        yield Fact("meaning of a section", (path, f"`{path}`"), wordings.SECTION_MEANING, setting.meaning)
-        return
     names = (path, f"`{path}`")
     if short and "_" in setting.name:  # a bare word such as `rank` may be meant as a term
         names += (setting.name,)

@@ -45,28 +45,6 @@ SETTING_MEANING = Wordings(
     ),
 )
 
-SECTION_MEANING = Wordings(
-    train=(
-        "What is the section {key}?",
-        "What is the section {key} for?",
-        "What does the section {key} hold?",
-        "What is the {key} section?",
-        "What is set in the section {key}?",
-        "What do I set in the {key} section?",
-        "What does the {key} section mean?",
-        "Explain the section {key}.",
-        "Explain the {key} section.",
-        "Describe the section {key}.",
-        "Tell me about the {key} section.",
-        "Tell me what the section {key} holds.",
-    ),
-    eval=(
-        "What do I find in the section {key}?",
-        "What is the meaning of the {key} section?",
-        "Please tell me what the {key} section is for.",
-    ),
-)
-
 SETTING_DEFAULT = Wordings(
     train=(
         "What is the default of {key}?",
