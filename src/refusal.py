@@ -1,6 +1,6 @@
 """Rows that cannot be trained on exactly: each is left out with its place, the kind of its defect and the cause.
 
-    raise RowRefused(Refusal("rows.jsonl line 7", "content_lost", "the chat template leaves out message 2 ..."))
+    raise RowRefusedError(Refusal("rows.jsonl line 7", "content_lost", "the chat template leaves out message 2 ..."))
 
 Where rows are handled in batches, a refusal stands in the list at the row's own place, and the others go on.
 """
@@ -31,7 +31,7 @@ class Refusal:
     reason: str
 
 
-class RowRefused(UserError):
+class RowRefusedError(UserError):
     """Carries a refusal from where it is found to where the row is left out."""
 
     def __init__(self, refusal: Refusal) -> None:
