@@ -3,15 +3,18 @@
     tally = Tally()
     kept = tally.keep(encoder.encode_conversations(batch), config)
     tally.as_json()["dropped"]   # {"too long": 3}
+    tally.left_out[0]            # LeftOut("rows.jsonl line 7", "too long", tokens=5210)
 
 A tally is kept with each shard of token rows, so that a run which finds them prepared tells the same.
 """
 
 import dataclasses
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from config.schema import DataConfig
@@ -24,10 +27,44 @@ log = get_logger(__name__)
 EXAMPLES = 3
 """Rows named for each thing that is told of."""
 
+LEFT_OUT = "left_out.jsonl"
+"""A shard's file of the rows that were left out or cut, one a line."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that is not trained on, or is cut; `reason` is a few words, `detail` the whole sentence or nothing.
+
+    `tokens` is the row's length where it was tokenized, else None.
+    """
+
+    origin: str
+    reason: str
+    detail: str = ""
+    tokens: int | None = None
+    side: str = "train"
+
+
+def write_left_out(shard: Path, rows: Iterable[LeftOut]) -> None:
+    """Add rows to those that a shard names."""
+    with open(shard / LEFT_OUT, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_left_out(shards: Sequence[Path], side: str) -> Iterator[LeftOut]:
+    """The rows of a side that were left out or cut, in order, read from disk as they are asked for."""
+    for shard in shards:
+        with open(shard / LEFT_OUT, encoding="utf-8") as lines:
+            rows = (LeftOut(**json.loads(line)) for line in lines)
+            yield from (row for row in rows if row.side == side)
+
 
 @dataclass
 class Tally:
-    """Counts for one source on one side; `examples` names the first rows of each kind told of."""
+    """Counts for one source on one side; `examples` names the first rows of each kind told of.
+
+    `left_out` are the rows that the counts stand for, for whoever writes them down; neither `add` nor JSON knows them.
+    """
 
     rows: int = 0
     rows_kept: int = 0
@@ -48,6 +85,7 @@ class Tally:
     longest_origin: str = ""
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def note(self, kind: str, origin: str) -> None:
         """Count one more row for the field `kind`, and keep its place if it is among the first."""
@@ -74,7 +112,8 @@ class Tally:
 
     def as_json(self) -> dict[str, Any]:
         """The counts as plain JSON."""
-        return dataclasses.asdict(self) | {"dropped": dict(self.dropped)}
+        counts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self) if part.name != "left_out"}
+        return counts | {"dropped": dict(self.dropped)}
 
     @classmethod
     def of_json(cls, content: dict[str, Any]) -> "Tally":
@@ -105,24 +144,29 @@ class Tally:
         cut = length > config.max_length
         if cut:
             if config.too_long != "truncate":
-                return self._drop("too long", row.origin, supervised)
+                return self._drop("too long", row, supervised)
+            whole = row
             row = dataclasses.replace(
                 row, input_ids=row.input_ids[: config.max_length], labels=row.labels[: config.max_length]
             )
-            whole, supervised = supervised, row.supervised_tokens()
-            self.supervised_tokens_lost += whole - supervised
-        if supervised == 0:
-            return self._drop("nothing supervised after truncation" if cut else "nothing supervised", row.origin, 0)
-        self.truncated += cut
+            lost, supervised = supervised, row.supervised_tokens()
+            if supervised == 0:
+                return self._drop("nothing supervised after truncation", whole, lost)
+            self.supervised_tokens_lost += lost - supervised
+            self.truncated += 1
+            self.left_out.append(LeftOut(row.origin, "truncated", tokens=length))
+        elif supervised == 0:
+            return self._drop("nothing supervised", row, 0)
         self.rows_kept += 1
         self.tokens += len(row.input_ids)
         self.supervised_tokens += supervised
         return row
 
-    def _drop(self, reason: str, origin: str, supervised: int) -> None:
+    def _drop(self, reason: str, row: TokenRow, supervised: int, detail: str = "") -> None:
         self.dropped[reason] += 1
         self.supervised_tokens_lost += supervised
-        self.name_example(reason, origin)
+        self.name_example(reason, row.origin)
+        self.left_out.append(LeftOut(row.origin, reason, detail, len(row.input_ids)))
 
     def _keep_unlike_served(self, row: TokenRow, config: DataConfig) -> bool:
         """Count a row that a server would prompt with another text, and do with it as the config says."""
@@ -133,7 +177,7 @@ class Tally:
                 "model.chat_template, or set data.unlike_served to train_as_served or drop"
             )
         if config.unlike_served == "drop":
-            self._drop("unlike served", row.origin, row.supervised_tokens())
+            self._drop("unlike served", row, row.supervised_tokens(), row.unlike_served)
         return config.unlike_served != "drop"
 
     def refuse_too_long(self, config: DataConfig) -> None:

@@ -38,7 +38,8 @@ from utils.logging import get_logger
 
 log = get_logger(__name__)
 
-SCHEMA = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in ("input_ids", "labels")])
+IDS = pyarrow.list_(pyarrow.int32())
+SCHEMA = pyarrow.schema([("input_ids", IDS), ("labels", IDS), ("origin", pyarrow.string())])
 ACCOUNT = "account.json"
 COMPLETE = "complete.json"
 POLL_S = 0.2
@@ -178,6 +179,7 @@ class ShardWriter:
         assert counted.all(), f"{rows[int(counted.argmin())].origin}: a row without supervised tokens"
         assert ((labels == ids) | (labels == IGNORED)).all(), "a label is not the id of its own token"
         columns = [pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(flat)) for flat in (ids, labels)]
+        columns.append(pyarrow.array([row.origin for row in rows], pyarrow.string()))
         self._tables[side].write_batch(pyarrow.record_batch(columns, schema=SCHEMA))
 
     def close(self, account: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig, SourceConfig
-from src.accounting import Tally
+from src.accounting import LeftOut, Tally, read_left_out
 from src.cache import cache_key, load_rows, prepared, read_account, shard_name
 from src.formats import Conversation, row_converter
 from src.mixing import mixed_order, rows_of_a_pass
@@ -42,15 +42,17 @@ class TokenizedData:
     """Everything a run learns from and is measured on.
 
     `train` and `eval` have the columns input_ids and labels: lists of one length a row, at most `max_length`; a label
-    is the id of its own token, or -100 where it is not supervised, which the first of a row never is. Both are mapped
-    from disk. `eval` is None without evaluation rows; `eval_conversations` are those of its conversations that end with
-    an answer, in order (none for texts). `report` is plain JSON.
+    is the id of its own token, or -100 where it is not supervised, which the first of a row never is; and origin, the
+    place where the row was read. Both are mapped from disk. `eval` is None without evaluation rows;
+    `eval_conversations` are those of its conversations that end with an answer, in order (none for texts). `report` is
+    plain JSON. `left_out("train")` reads from disk which rows are not trained on, or are cut, and why.
     """
 
     train: datasets.Dataset
     eval: datasets.Dataset | None
     eval_conversations: list[Conversation]
     report: dict[str, Any]
+    left_out: Callable[[str], Iterator[LeftOut]]
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ def _load(sources: Sequence[_Prepared], config: DataConfig, encoder: RowEncoder)
             "train": train_report,
             "eval": eval_report,
         },
+        left_out=functools.partial(read_left_out, [shard for source in sources for shard in source.shards]),
     )
 
 

@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from config.schema import DataConfig
-from src.accounting import Tally
+from src.accounting import LeftOut, Tally, write_left_out
 from src.cache import ShardWriter, read_account, shard_name
 from src.formats import Conversation, IdsRow, RowConverter, Sample, TextRow, require_assistant_turns
 from src.pretokenized import checked_ids
@@ -141,6 +141,7 @@ class Preparation:
             tally = tallies[side]
             if source.side == "train" and number in self.held_out:
                 tally.note("in_train_and_eval", sample.origin)
+                tally.left_out.append(LeftOut(sample.origin, "in train and eval"))
                 continue
             tally.rows += 1
             if number in self.seen:
@@ -189,6 +190,7 @@ class Preparation:
                     kept = tally.keep(own, self.config)
                     tallies[side].add(tally)
                     writer.write(side, kept)
+                    write_left_out(folder, (replace(row, side=side) for row in tally.left_out))
                     if side == "eval":
                         measured = {row.origin for row in kept}
                         conversations.writelines(

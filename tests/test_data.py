@@ -303,3 +303,25 @@ def test_equal_rows_are_counted(tmp_path, tokenizer):
         "a.jsonl line 3",
         "a.jsonl line 4",
     ]
+
+
+def test_every_row_names_its_place_and_every_row_left_out_its_reason(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", [*dialogs(["one", "b" * 100]), *dialogs(["c"], question="q" * 100)])
+    held_out = write(tmp_path / "b.jsonl", dialogs(["one", "d" * 100]))
+    config = DataConfig(train=(source,), eval=(held_out,), max_length=64, too_long="truncate")
+    data = build_datasets(config, tokenizer, cache_folder=tmp_path / "cache")
+    assert data.train["origin"][:] == [f"{source.path} line 2"]
+    assert data.eval["origin"][:] == [f"{held_out.path} line 1", f"{held_out.path} line 2"]
+    again = build_datasets(config, tokenizer, cache_folder=tmp_path / "cache")
+    # 100 letters, a letter on the other side, and 21 tokens of the template: <|im_start|>, user or assistant, the line
+    # feed and <|im_end|> for each of two turns, and the line feed after each
+    for found in (data, again):
+        rows = [(row.origin.rsplit(" ")[-1], row.reason, row.tokens) for row in found.left_out("train")]
+        assert rows == [
+            ("1", "in train and eval", None),
+            ("2", "truncated", 122),
+            ("3", "nothing supervised after truncation", 122),
+        ]
+        assert [(row.origin, row.reason) for row in found.left_out("eval")] == [
+            (f"{held_out.path} line 2", "truncated")
+        ]
