@@ -7,7 +7,7 @@
 The template is asked about skeletons, one for each shape of conversations (`src.skeletons`): what it writes as the
 prompt of each turn, and what it writes to close it. That gives a turn's borders between the texts of the row, and no
 text of a row can move them. Each row is then rendered itself, and must read as its skeleton with the row's texts put
-in; so a row costs one rendering. Where the output does not show a turn, the row is refused and the cause named.
+in; so a row costs one rendering. A row that cannot be trained on exactly has a `Refusal` at its place.
 """
 
 import re
@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 
 from src.chat import ChatTemplate
 from src.formats import Conversation
+from src.refusal import Refusal, RowRefusedError
 from src.skeletons import STAND_IN, Shape, cut, skeleton_of, take_apart
-from src.turns import Layout, read_layout
-from utils.errors import UserError
+from src.turns import Cause, Layout, read_layout
 
 LAYOUTS_KEPT = 4096
+LOST_WAY_OUT = "change the row, or give a template that writes it as model.chat_template"
 WAY_OUT = "as model.chat_template give one that does, or one with {% generation %} marks; or set data.supervise=all"
 
 
@@ -61,31 +62,49 @@ class TurnFinder:
 
     template: ChatTemplate
     supervise: str = "assistant"
-    layouts: dict[Shape, Layout | str] = field(default_factory=dict)
+    layouts: dict[Shape, Layout | Cause] = field(default_factory=dict)
 
-    def find(self, conversations: Sequence[Conversation]) -> list[RenderedChat]:
+    def find(self, conversations: Sequence[Conversation]) -> list[RenderedChat | Refusal]:
         """Render conversations and find the supervised turns.
 
-        Raises:
-            UserError: the template refuses a conversation, writes no stop token after a turn, or its output does not
-                show where a turn is; it names the row, the template's behaviour and what to do.
+        A refusal stands in the place of a conversation that has no turn to supervise, that the template refuses or does
+        not write whole, in which it writes no stop token after a turn, or where its output does not show a turn.
         """
-        texts = self.template.render(conversations)
-        return [self._align(conversation, text) for conversation, text in zip(conversations, texts, strict=True)]
+        texts = self.template.render_each(conversations)
+        return [self._found(conversation, text) for conversation, text in zip(conversations, texts, strict=True)]
+
+    def _found(self, conversation: Conversation, text: str | Refusal) -> RenderedChat | Refusal:
+        if self.supervise != "all" and not supervised_turns(conversation, self.supervise):
+            return Refusal(
+                conversation.origin,
+                "masked",
+                f"{conversation.origin} has no turn of the assistant that data.supervise={self.supervise} would train, "
+                "so nothing in it would be learned; remove the row, or set data.supervise=all",
+            )
+        if isinstance(text, Refusal):
+            return text
+        try:
+            return self._align(conversation, text)
+        except RowRefusedError as error:
+            return error.refusal
 
     def _align(self, conversation: Conversation, text: str) -> RenderedChat:
+        """
+        Raises:
+            RowRefusedError: the row cannot be trained on exactly.
+        """
         shape, slots = take_apart(conversation)
         layout = self.layouts.get(shape)
         if layout is None:
             if len(self.layouts) >= LAYOUTS_KEPT:
                 self.layouts.clear()
             layout = self.layouts[shape] = self._learn(shape)
-        if isinstance(layout, str):
+        if isinstance(layout, Cause):
             return self._from_marks(conversation, text, layout)
         written, lengths = layout.pieces.filled(slots)
         if written != text:
-            reason = f"it writes these texts in a way of its own: {_difference(text, written)}"
-            return self._from_marks(conversation, text, reason)
+            does = f"it writes these texts in a way of its own: {_difference(text, written)}"
+            return self._from_marks(conversation, text, Cause("unaligned", does))
         contents = ()
         if self.template.special_token.search("\0".join(slots)):
             edges = layout.pieces.literals
@@ -97,6 +116,8 @@ class TurnFinder:
                 for start, before, after in zip(starts[1:], lengths[:-1], lengths[1:], strict=True)
             )
         if self.supervise == "all":
+            if layout.lost:
+                raise refused(conversation, layout.lost)
             return RenderedChat(text, (), contents)
         return self._chat(conversation, text, layout, lengths, contents, slots)
 
@@ -112,71 +133,77 @@ class TurnFinder:
         spans, unlike, lost = [], "", 0
         for index in supervised_turns(conversation, self.supervise):
             turn = layout.turns[index]
-            if turn.stopless:
-                refuse_without_stop(conversation, index, _with_texts(turn.reason, slots))
-            if turn.reason:
-                return self._from_marks(conversation, text, _with_texts(turn.reason, slots))
+            if turn.cause:
+                cause = turn.cause._replace(does=_with_texts(turn.cause.does, slots))
+                if cause.kind == "untrained_stop":
+                    raise without_stop(conversation, index, cause.does)
+                if layout.lost:
+                    raise refused(conversation, layout.lost if cause.kind == "unaligned" else cause)
+                return self._from_marks(conversation, text, cause)
             spans.append((turn.start[0] + lengths[turn.start[1]], turn.end[0] + lengths[turn.end[1]]))
             unlike = unlike or _with_texts(turn.unlike_served, slots)
             lost += turn.lost_reasoning
         if layout.lost:
-            return self._from_marks(conversation, text, layout.lost)
+            raise refused(conversation, layout.lost)
         return RenderedChat(text, tuple(spans), contents, unlike, lost)
 
-    def _learn(self, shape: Shape) -> Layout | str:
+    def _learn(self, shape: Shape) -> Layout | Cause:
         """The layout of a shape, or why there is none."""
         skeleton, owners = skeleton_of(shape)
-        try:
-            text = self.template.render([skeleton])[0]
-        except UserError as error:
-            return f"it refuses a row of this form with other texts: {error.__cause__}"
+        [text] = self.template.render_each([skeleton])
+        if isinstance(text, Refusal):
+            return Cause("unaligned", f"it refuses a row of this form with other texts ({text.reason})")
         return read_layout(self.template, skeleton, owners, cut(text))
 
-    def _from_marks(self, conversation: Conversation, text: str, reason: str) -> RenderedChat:
+    def _from_marks(self, conversation: Conversation, text: str, cause: Cause) -> RenderedChat:
         """The spans between the template's marks, each made to end with its stop token."""
         if self.supervise == "all":
             return RenderedChat(text, ())
         turns = conversation.assistant_turns()
         if not self.template.has_marks:
-            raise UserError(
-                f"{conversation.origin}: the chat template does not show where an assistant turn is: {reason}; "
-                f"{WAY_OUT}"
-            )
+            raise refused(conversation, cause)
         marked = self.template.marked_spans(conversation)
         if len(marked) != len(turns):
-            raise UserError(
+            reason = (
                 f"{conversation.origin}: the template's {{% generation %}} marks hold {len(marked)} texts for "
                 f"{len(turns)} assistant turns; mend the marks in model.chat_template, or set data.supervise=all"
             )
+            raise RowRefusedError(Refusal(conversation.origin, "unaligned", reason))
         wanted = set(supervised_turns(conversation, self.supervise))
         spans = []
         for turn, (start, end) in zip(turns, marked, strict=True):
             tail = re.search(rf"(?:\s*{self.template.special_token.pattern})+\s*$", text[start:end])
             stop = self.template.stop_after(text, start + tail.start() if tail else end)
             if stop is None:
-                refuse_without_stop(conversation, turn, text[start:end])
+                raise without_stop(conversation, turn, text[start:end])
             if turn in wanted:
                 spans.append((start, stop))
         return RenderedChat(text, tuple(spans))
 
 
-def supervised_spans(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[RenderedChat]:
+def supervised_spans(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[RenderedChat | Refusal]:
     """Render conversations and find all that the assistant says in them; see `TurnFinder.find`."""
     return TurnFinder(template).find(conversations)
 
 
-def refuse_without_stop(conversation: Conversation, turn: int, written: str) -> None:
-    """Tell of a turn that ends without a stop token.
+def refused(conversation: Conversation, cause: Cause) -> RowRefusedError:
+    """The error of a row that the template does not write so that it can be trained on exactly."""
+    if cause.kind == "unaligned":
+        reason = f"the chat template does not show where an assistant turn is: {cause.does}; {WAY_OUT}"
+    else:
+        reason = f"the chat template does not write the whole row: {cause.does}; {LOST_WAY_OUT}"
+    return RowRefusedError(Refusal(conversation.origin, cause.kind, f"{conversation.origin}: {reason}"))
 
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
+
+def without_stop(conversation: Conversation, turn: int, written: str) -> RowRefusedError:
+    """The error of a row with a turn that ends without a stop token."""
+    reason = (
         f"{conversation.origin}, message {turn + 1}: the chat template writes no stop token after an assistant turn, "
         f"which ends in {written[-40:]!r}; a model trained so never learns to stop. A stop token must be a special "
         "token of the tokenizer: name it in model.special_tokens, as in `eos_token: <|im_end|>`, or give a template "
         "that writes the tokenizer's own as model.chat_template"
     )
+    return RowRefusedError(Refusal(conversation.origin, "untrained_stop", reason))
 
 
 def _with_texts(reason: str, slots: Sequence[str]) -> str:

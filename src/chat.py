@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig
 from src.formats import Conversation
+from src.refusal import Kind, Refusal, RowRefusedError
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -94,8 +95,18 @@ class ChatTemplate:
         """The template's output for each conversation, ended with the prompt of a new turn if `generation_prompt`.
 
         Raises:
-            UserError: the template refuses one of them; it names the row.
+            RowRefusedError: the template refuses one of them; it names the row.
         """
+        texts = self.render_each(conversations, generation_prompt=generation_prompt)
+        for text in texts:
+            if isinstance(text, Refusal):
+                raise RowRefusedError(text)
+        return texts
+
+    def render_each(
+        self, conversations: Sequence[Conversation], *, generation_prompt: bool = False
+    ) -> list[str | Refusal]:
+        """As `render`, with a refusal at the place of each conversation that the template refuses."""
         plain = [conversation for conversation in conversations if not conversation.tools]
         try:
             texts = iter(self._apply(plain, generation_prompt))
@@ -121,14 +132,37 @@ class ChatTemplate:
         tools = list(conversation.tools) or None
         return {"tools": tools, "chat_template": self.sources[tools is not None], **given}
 
-    def _render_one(self, conversation: Conversation, generation_prompt: bool) -> str:
+    def _render_one(self, conversation: Conversation, generation_prompt: bool) -> str | Refusal:
+        error = self._complaint(conversation, generation_prompt)
+        if isinstance(error, str):
+            return error
+        reason = (
+            f"{conversation.origin}: the chat template refuses these messages: {error}; change the row, or give "
+            "another template as model.chat_template"
+        )
+        return Refusal(conversation.origin, self._kind_of(error, conversation), reason)
+
+    def _complaint(self, conversation: Conversation, generation_prompt: bool = False) -> str | Exception:
+        """The template's output, or the error with which it refuses the conversation."""
         try:
             return self._apply([conversation], generation_prompt)[0]
         except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{conversation.origin}: the chat template refuses these messages: {error}; change the row, or give "
-                "another template as model.chat_template"
-            ) from error
+            return error
+
+    def _kind_of(self, error: Exception, conversation: Conversation) -> Kind:
+        """`role_order` where the template says the same of plain texts in these roles, but not of every conversation.
+
+        What a template says itself (`raise_exception` in it) is a plain TemplateError; others are mishaps within it.
+        """
+        if type(error) is not TemplateError:
+            return "unaligned"
+        roles = (message["role"] for message in conversation.messages)
+        complaints = (
+            self._complaint(Conversation(tuple({"role": role, "content": "x"} for role in probe), "probe"))
+            for probe in (tuple(roles), ("user", "assistant"))
+        )
+        own, usual = (type(complaint) is TemplateError and str(complaint) == str(error) for complaint in complaints)
+        return "role_order" if own and not usual else "unaligned"
 
     def token_ids(self, conversation: Conversation) -> list[int]:
         """The ids that the tokenizer itself gives for a conversation, as a server would feed them."""

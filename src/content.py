@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from utils.errors import UserError
+from src.refusal import Refusal, RowRefusedError
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,15 @@ class ContentEncoder:
             contents: characters of the messages' own texts, as (start, end), in order.
             special_token: matches the text of any special token.
         Raises:
-            UserError: the tokenizer reads a text after a special token in another way than at a row's start, so that
-                it cannot be encoded apart.
+            RowRefusedError: the tokenizer reads a text after a special token in another way than at a row's start, so
+                that it cannot be encoded apart.
         """
         if not self.even:
-            raise UserError(
+            reason = (
                 f"{origin} holds the text of a special token, which this tokenizer cannot read as plain text; change "
                 "the row, or set data.allow_special_tokens_in_content=true to train on the token itself"
             )
+            raise RowRefusedError(Refusal(origin, "unaligned", reason))
         starts = [start for start, _ in contents]
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []

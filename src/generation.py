@@ -19,6 +19,7 @@ from transformers.utils import find_adapter_config_file
 from src.alignment import supervised_spans
 from src.chat import ChatTemplate
 from src.formats import Conversation
+from src.refusal import Refusal
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 
@@ -61,8 +62,11 @@ def _template_stop(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the chat template ends an assistant's turn with, or None where it does not show."""
     turns = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
     try:
-        [chat] = supervised_spans(ChatTemplate.of(tokenizer), [Conversation(messages=turns, origin="probe")])
+        template = ChatTemplate.of(tokenizer)
     except UserError:
+        return None
+    [chat] = supervised_spans(template, [Conversation(messages=turns, origin="probe")])
+    if isinstance(chat, Refusal):
         return None
     return tokenizer(chat.text[slice(*chat.spans[-1])], add_special_tokens=False)["input_ids"][-1]
 

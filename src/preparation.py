@@ -26,6 +26,7 @@ from src.accounting import LeftOut, Tally, write_left_out
 from src.cache import ShardWriter, read_account, shard_name
 from src.formats import Conversation, IdsRow, RowConverter, Sample, TextRow, require_assistant_turns
 from src.pretokenized import checked_ids
+from src.refusal import Refusal, RowRefusedError
 from src.sources import Row, SourceRows
 from src.tokenization import RowEncoder, TokenRow
 from utils.files import whole_folder
@@ -222,7 +223,11 @@ def _encode(rows: Sequence[Sample], encoder: RowEncoder, text_length: int) -> li
         return encoder.encode_texts(rows, text_length)
     if isinstance(rows[0], IdsRow):
         return checked_ids(rows, len(encoder.tokenizer))
-    return encoder.encode_conversations(rows)
+    encoded = encoder.encode_conversations(rows)
+    for row in encoded:
+        if isinstance(row, Refusal):
+            raise RowRefusedError(row)
+    return encoded
 
 
 _worker: tuple[RowEncoder, int] | None = None

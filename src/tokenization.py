@@ -17,10 +17,11 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig
-from src.alignment import RenderedChat, TurnFinder, refuse_without_stop
+from src.alignment import RenderedChat, TurnFinder, without_stop
 from src.chat import ChatTemplate
 from src.content import ContentEncoder, JoinedEncoding
 from src.formats import Conversation, TextRow
+from src.refusal import Kind, Refusal, RowRefusedError
 from utils.errors import UserError
 
 IGNORED = -100
@@ -100,35 +101,36 @@ class RowEncoder:
         content = ContentEncoder.of(tokenizer, backend) if chat and not allow_special_tokens_in_content else None
         return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template, finder, content)
 
-    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[TokenRow]:
-        """One row a conversation, uncut, each supervised span checked.
-
-        Raises:
-            UserError: the template or the tokenizer does not allow exact supervision of a row; it names the row.
-        """
-        if not conversations:
-            return []
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[TokenRow | Refusal]:
+        """One row a conversation, uncut, each supervised span checked; or why it cannot be trained on exactly."""
         chats = self.finder.find(conversations)
-        if self.supervise == "all":
-            for conversation, chat in zip(conversations, chats, strict=True):
-                self._check_final_stop(conversation, chat.text)
-        encodings = self.backend.encode_batch([chat.text for chat in chats], add_special_tokens=False)
-        self._check_against_tokenizer(conversations[0], encodings[0].ids)
-        return [
-            self._row(conversation, chat, encoding)
-            for conversation, chat, encoding in zip(conversations, chats, encodings, strict=True)
-        ]
+        texts = [chat.text for chat in chats if not isinstance(chat, Refusal)]
+        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        begins_with_bos = bool(self.bos_ids())
+        rows: list[TokenRow | Refusal] = []
+        checked = False
+        for conversation, chat in zip(conversations, chats, strict=True):
+            if isinstance(chat, Refusal):
+                rows.append(chat)
+                continue
+            encoding = next(encodings)
+            if not checked:
+                self._check_against_tokenizer(conversation, encoding.ids)
+                checked = True
+            try:
+                if self.supervise == "all":
+                    self._check_final_stop(conversation, chat.text)
+                self._check_bos(encoding.ids, conversation.origin, begins_with_bos)
+                rows.append(self._row(conversation, chat, encoding))
+            except RowRefusedError as error:
+                rows.append(error.refusal)
+        return rows
 
     def _row(self, conversation: Conversation, chat: RenderedChat, encoding: tokenizers.Encoding) -> TokenRow:
         origin = conversation.origin
         if chat.contents and self.content is not None:
             encoding = self.content.encode(chat.text, chat.contents, self.template.special_token, origin)
         ids = encoding.ids
-        if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
-            raise UserError(
-                f"{origin}: the chat template writes {self.tokenizer.bos_token} twice at the start; take one of them "
-                "out of the template, and give it as model.chat_template"
-            )
         joined = 0
         if self.supervise == "all":
             labels = [IGNORED, *ids[1:]]
@@ -137,10 +139,11 @@ class RowEncoder:
             for span in chat.spans:
                 first, end, cut = _token_span(encoding, chat.text, span, origin)
                 if ids[end - 1] not in self.template.stop_ids:
-                    raise UserError(
-                        f"{origin}: the tokenizer splits the stop token at the end of "
-                        f"{chat.text[slice(*span)][-40:]!r}, so that the model would not learn to stop; name it in "
-                        "model.special_tokens"
+                    raise _refused(
+                        origin,
+                        "untrained_stop",
+                        f"the tokenizer splits the stop token at the end of {chat.text[slice(*span)][-40:]!r}, so that "
+                        "the model would not learn to stop; name it in model.special_tokens",
                     )
                 labels[first:end] = ids[first:end]
                 joined += cut
@@ -155,6 +158,29 @@ class RowEncoder:
             special_text=bool(chat.contents),
         )
 
+    def _check_bos(self, ids: Sequence[int], origin: str, begins_with_bos: bool) -> None:
+        """
+        Args:
+            begins_with_bos: whether the tokenizer puts BOS before plain text.
+        Raises:
+            RowRefusedError: a row begins with BOS twice, or without the BOS that the model knows from other texts.
+        """
+        bos = self.tokenizer.bos_token
+        if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
+            raise _refused(
+                origin,
+                "doubled_bos",
+                f"the chat template writes {bos} twice at the start; take one of them out of the template, and give it "
+                "as model.chat_template",
+            )
+        if begins_with_bos and ids[:1] != [self.bos_id]:
+            raise _refused(
+                origin,
+                "missing_bos",
+                f"the chat template writes no {bos} at the start, which the tokenizer puts before every text; give a "
+                "template that begins with {{ bos_token }} as model.chat_template",
+            )
+
     def _check_against_tokenizer(self, conversation: Conversation, ids: list[int]) -> None:
         served = self.template.token_ids(conversation)
         assert ids == served, f"{conversation.origin}: the ids differ from those of apply_chat_template"
@@ -164,7 +190,7 @@ class RowEncoder:
         ending = text.rstrip()
         stops = [match.end() for match in self.template.stop_token.finditer(ending)]
         if last["role"] == "assistant" and (not stops or stops[-1] != len(ending)):
-            refuse_without_stop(conversation, len(conversation.messages) - 1, text)
+            raise without_stop(conversation, len(conversation.messages) - 1, text)
 
     def encode_texts(self, texts: Sequence[TextRow], max_length: int) -> list[TokenRow]:
         """Each text as BOS (if the tokenizer puts one before plain text), its tokens and EOS, every token but a row's
@@ -194,6 +220,10 @@ class RowEncoder:
         return bos if self.tokenizer("a")["input_ids"][:1] == bos else []
 
 
+def _refused(origin: str, kind: Kind, found: str) -> RowRefusedError:
+    return RowRefusedError(Refusal(origin, kind, f"{origin}: {found}"))
+
+
 def _token_span(
     encoding: tokenizers.Encoding | JoinedEncoding, text: str, span: tuple[int, int], origin: str
 ) -> tuple[int, int, bool]:
@@ -203,7 +233,7 @@ def _token_span(
     already in the prompt. That happens where content begins with white space that joins the template's own.
 
     Raises:
-        UserError: the last token reaches beyond the span.
+        RowRefusedError: the last token reaches beyond the span.
     """
     start, end = span
     first = encoding.char_to_token(start)
@@ -219,8 +249,10 @@ def _token_span(
             first += 1
     reach = encoding.token_to_chars(last)[1]
     if reach > end and text[end:reach].strip():
-        raise UserError(
-            f"{origin}: the tokenizer joins the end of {text[start:end][-40:]!r} with what the chat template writes "
-            "after it; name its stop token in model.special_tokens"
+        raise _refused(
+            origin,
+            "untrained_stop",
+            f"the tokenizer joins the end of {text[start:end][-40:]!r} with what the chat template writes after it; "
+            "name its stop token in model.special_tokens",
         )
     return first, last + 1, joined

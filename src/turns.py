@@ -8,13 +8,14 @@ another turn right after it, and of what stands there, with its stop token.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from src.chat import CALL_STOPS, ChatTemplate
 from src.formats import Conversation
+from src.refusal import Kind, RowRefusedError
 from src.skeletons import STAND_IN, Pieces, cut, stand_in
-from utils.errors import UserError
 
 TURNS_READ_WHOLE = 8
 """Turns of a conversation whose prompts are rendered each; of a longer one, these many first, the last, and one of each
@@ -23,28 +24,34 @@ kind, and the others must read as a turn of their kind does. So the cost stays l
 REASONING_OPENER = re.compile(r"(?:<think>|<\|channel>thought).*$", re.DOTALL)
 
 
+class Cause(NamedTuple):
+    """Why a row of a shape is refused: the kind, and what the template does; it has stand-ins for the row's texts.
+
+    Of the kind `untrained_stop`, `does` is what the template writes in the turn.
+    """
+
+    kind: Kind
+    does: str
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One assistant message: `start` and `end` as `Pieces.place` gives them, or the `reason` why they do not show.
-
-    `stopless`: the template writes no stop token; then `reason` is the text of the turn.
-    """
+    """One assistant message: `start` and `end` as `Pieces.place` gives them, or the `cause` why they do not show."""
 
     start: tuple[int, int] = (0, 0)
     end: tuple[int, int] = (0, 0)
-    reason: str = ""
-    stopless: bool = False
+    cause: Cause | None = None
     unlike_served: str = ""
     lost_reasoning: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The pieces of a shape and its assistant turns by message; `lost` names what the template leaves out."""
+    """The pieces of a shape and its assistant turns by message; `lost` names what the template leaves out, if any."""
 
     pieces: Pieces
     turns: dict[int, Turn]
-    lost: str = ""
+    lost: Cause | None = None
 
 
 def read_layout(template: ChatTemplate, skeleton: Conversation, owners: Sequence[int], pieces: Pieces) -> Layout:
@@ -82,18 +89,28 @@ class _Reader:
             turns[index] = turn
         return turns
 
-    def lost(self) -> str:
-        """What the template does not write of messages that are not the assistant's, and of the tools."""
+    def lost(self) -> Cause | None:
+        """What the template does not write of the messages and the tools; reasoning is no part of it."""
         written = set(self.pieces.numbers)
+        shown = {self.owners[number] for number in written}
         for number, owner in enumerate(self.owners):
-            role = self.skeleton.messages[owner]["role"]
-            if number not in written and role != "assistant":
-                return f"it leaves out message {owner + 1}, of role {role}, when an answer follows"
+            message = self.skeleton.messages[owner]
+            if number in written:
+                continue
+            if message["role"] == "assistant":
+                missing = self._missing(owner, self.pieces.text, written)
+                if missing:
+                    return Cause("content_lost", missing)
+            elif owner in shown:
+                return Cause("content_lost", f"it leaves out a part of message {owner + 1}")
+            else:
+                does = f"it leaves out message {owner + 1}, of role {message['role']}, when an answer follows"
+                return Cause("role_order", does)
         names = [tool.get("function", tool).get("name", "") for tool in self.skeleton.tools]
         first = self.pieces.borders[0][0] if self.pieces.borders else len(self.pieces.text)
         if names and not any(name and name in self.pieces.text for name in names) and first:
-            return "it leaves out the tools"
-        return ""
+            return Cause("content_lost", "it leaves out the tools")
+        return None
 
     def _kind(self, index: int) -> str:
         """What is the same for turns that a template writes alike: the messages around them without their texts."""
@@ -107,7 +124,7 @@ class _Reader:
             beginning = replace(self.skeleton, messages=self.skeleton.messages[:count])
             try:
                 self.rendered[key] = self.template.render([beginning], generation_prompt=generation_prompt)[0]
-            except UserError:
+            except RowRefusedError:
                 self.rendered[key] = None
         return self.rendered[key]
 
@@ -145,27 +162,28 @@ class _Reader:
         text, own = self.pieces.text, self._own(index)
         start, unlike = self._start(index, own)
         if start is None:
-            return Turn(reason=unlike), None
+            return Turn(cause=Cause("unaligned", unlike)), None
         end = self._end(index, own)
         if end is None and not own:
             return self._read_empty(index, start, unlike), None
         if end is None:
-            return Turn(reason="it writes the turn in another way once more messages follow"), None
-        missing = self._missing(index, text[start:end])
-        if missing and missing != "reasoning":
-            return Turn(reason=missing), None
+            return Turn(cause=Cause("unaligned", "it writes the turn in another way once more messages follow")), None
+        within = {number for number, (a, _) in self._numbered() if start <= a < end}
+        missing = self._missing(index, text[start:end], within)
+        if missing:
+            return Turn(cause=Cause("content_lost", missing)), None
         stop = self._stop(index, own, start, end)
         if stop is None:
-            return Turn(reason=text[start:end], stopless=True), None
+            return Turn(cause=Cause("untrained_stop", text[start:end])), None
         if any(start <= a < stop and self.owners[n] != index for n, (a, _) in self._numbered()):
-            return Turn(reason="it writes another message within the turn"), None
+            return Turn(cause=Cause("unaligned", "it writes another message within the turn")), None
         if any(not start <= a < stop for a, _ in own):
-            return Turn(reason="it writes parts of the turn outside of it"), None
+            return Turn(cause=Cause("unaligned", "it writes parts of the turn outside of it")), None
         turn = Turn(
             self.pieces.place(start),
             self.pieces.place(stop),
             unlike_served=unlike,
-            lost_reasoning=missing == "reasoning",
+            lost_reasoning=any(owner == index and n not in within for n, owner in enumerate(self.owners)),
         )
         floor, _ = self._gap(index)
         around = (text[floor:start], text[start : own[0][0]], text[own[-1][1] : stop]) if own and floor else None
@@ -174,24 +192,24 @@ class _Reader:
     def _read_empty(self, index: int, start: int, unlike: str) -> Turn:
         """A turn without a text: what the template writes around one that is put there."""
         text, messages = self.pieces.text, list(self.skeleton.messages)
-        reason = "it writes a turn without content in a way of its own"
+        cause = Cause("unaligned", "it writes a turn without content in a way of its own")
         if messages[index].get("content") or messages[index].get("tool_calls"):
-            return Turn(reason=reason)
+            return Turn(cause=cause)
         messages[index] = {**messages[index], "content": stand_in(len(self.owners))}
         filled = replace(self.skeleton, messages=tuple(messages))
         try:
             pieces = cut(self.template.render([filled])[0])
-        except UserError:
-            return Turn(reason=reason)
+        except RowRefusedError:
+            return Turn(cause=cause)
         reader = _Reader(self.template, filled, [*self.owners, index], pieces)
         turn, _ = reader._read(index)
         own = reader._own(index)
-        if turn.reason or len(own) != 1:
-            return Turn(reason=turn.reason or reason, stopless=turn.stopless)
+        if turn.cause or len(own) != 1:
+            return Turn(cause=turn.cause or cause)
         written = pieces.text[pieces.position(turn.start) : own[0][0]]
         around = written + pieces.text[own[0][1] : pieces.position(turn.end)]
         if not text.startswith(around, start):
-            return Turn(reason=reason)
+            return Turn(cause=cause)
         return Turn(self.pieces.place(start), self.pieces.place(start + len(around)), unlike_served=unlike)
 
     def _numbered(self) -> list[tuple[int, tuple[int, int]]]:
@@ -250,22 +268,20 @@ class _Reader:
         closed = self._prefix(index + 1, False)
         return len(closed) if closed is not None and text.startswith(closed) else None
 
-    def _missing(self, index: int, written: str) -> str:
-        """What the turn lacks of its message: "reasoning" for reasoning alone, else a reason to refuse it."""
-        message, shown = self.skeleton.messages[index], set(STAND_IN.findall(written.replace('\\"', '"')))
-        content = message.get("content")
-        answer = STAND_IN.findall(str(content).rsplit("</think>", 1)[-1].replace('\\"', '"'))
-        if any(stand_in not in shown for stand_in in answer):
+    def _missing(self, index: int, written: str, shown: Set[int]) -> str:
+        """What `written`, with the stand-ins `shown`, lacks of a message of the assistant; empty: nothing.
+
+        Its reasoning is no part of that.
+        """
+        message = self.skeleton.messages[index]
+        if not _numbers(str(message.get("content")).rsplit("</think>", 1)[-1]) <= shown:
             return f"it leaves out the content of message {index + 1}"
         calls = message.get("tool_calls") or ()
         for call in calls:
             name = str(call.get("function", call).get("name", ""))
-            inner = STAND_IN.findall(repr(call).replace('\\"', '"'))
-            if name not in written or any(stand_in not in shown for stand_in in inner):
+            if name not in written or not _numbers(repr(call)) <= shown:
                 return f"it leaves out the call of {name} in message {index + 1}"
-        numbers = {int(number) for number, _ in shown}
-        owned = {number for number, owner in enumerate(self.owners) if owner == index}
-        return "reasoning" if owned - numbers else ""
+        return ""
 
     def _stop(self, index: int, own: Sequence[tuple[int, int]], start: int, end: int) -> int | None:
         """The end of the turn's stop token; None where it has none."""
@@ -300,9 +316,14 @@ class _Reader:
         for count in (2, 4):
             try:
                 text = self.template.render([Conversation(messages[:count], "probe")])[0]
-            except UserError:
+            except RowRefusedError:
                 continue
             for answer in re.finditer('"xq7', text):
                 stop = self.template.stop_token.match(text, answer.end())
                 stops |= {stop.group().strip()} if stop else set()
         return stops
+
+
+def _numbers(text: str) -> set[int]:
+    """The numbers of the stand-ins in a text, which may be JSON."""
+    return {int(number) for number, _ in STAND_IN.findall(text)}

@@ -1,5 +1,6 @@
 """Where the supervised characters are in what stock chat templates write."""
 
+import re
 from dataclasses import replace
 from datetime import date
 from typing import ClassVar
@@ -9,6 +10,7 @@ import pytest
 from src.alignment import TurnFinder, supervised_spans
 from src.chat import ChatTemplate
 from src.formats import Conversation
+from src.refusal import Refusal
 from tests.toy_tokenizer import CHATML, FAMILIES, family_tokenizer, toy_tokenizer
 from utils.errors import UserError
 
@@ -38,6 +40,15 @@ def talk(*turns, **fields):
 def supervised(tokenizer, conversation):
     [chat] = supervised_spans(ChatTemplate.of(tokenizer), [conversation])
     return [chat.text[start:end] for start, end in chat.spans]
+
+
+def refusal_of(tokenizer, conversation, supervise="assistant"):
+    """The kind and the reason of a refusal."""
+    [refusal] = TurnFinder(ChatTemplate.of(tokenizer), supervise).find([conversation])
+    assert isinstance(refusal, Refusal)
+    assert refusal.origin == conversation.origin
+    assert refusal.reason.startswith(conversation.origin)
+    return refusal.kind, refusal.reason
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -129,8 +140,41 @@ def test_tool_calls_are_supervised_and_tool_results_are_not():
     ],
 )
 def test_a_row_whose_turns_the_template_does_not_show_is_refused_by_name(name, conversation, reason):
-    with pytest.raises(UserError, match=rf"rows.jsonl line 7: .*{reason}.*model\.chat_template"):
-        supervised(family_tokenizer(name), conversation)
+    for supervise in ("assistant", "all"):
+        kind, told = refusal_of(family_tokenizer(name), conversation, supervise)
+        assert kind == "role_order"
+        assert re.search(rf"rows.jsonl line 7: .*{reason}.*model\.chat_template", told)
+
+
+def test_a_row_with_nothing_to_train_is_refused_as_masked():
+    tokenizer = toy_tokenizer()
+    assert refusal_of(tokenizer, talk(("user", "a")))[0] == "masked"
+    assert refusal_of(tokenizer, talk("a", "b", untrained=(1,)))[0] == "masked"
+    answered = talk(("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert refusal_of(tokenizer, answered, "completion")[0] == "masked"
+    assert supervised(tokenizer, answered) == ["b<|im_end|>"]
+
+
+def test_a_template_that_leaves_out_a_part_of_a_row_is_refused_with_its_kind():
+    def kind(loop, conversation, supervise="assistant"):
+        written = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        end = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        template = "{% for m in messages %}" + loop.replace("WRITTEN", written) + "{% endfor %}" + end
+        return refusal_of(toy_tokenizer(template), conversation, supervise)[0]
+
+    no_second = "{% if loop.first or m['role'] != messages[loop.index0 - 1]['role'] %}WRITTEN{% endif %}"
+    assert kind(no_second, talk(("user", "a"), ("user", "b"), ("assistant", "c"))) == "role_order"
+    no_system = "{% if m['role'] != 'system' %}WRITTEN{% endif %}"
+    assert kind(no_system, talk(("system", "a"), ("user", "b"), ("assistant", "c"))) == "role_order"
+    last_answer = "{% if m['role'] == 'user' or loop.last %}WRITTEN{% endif %}"
+    assert kind(last_answer, talk("a", "b", "c", "d")) == "content_lost"
+    assert kind(last_answer, talk("a", "b", "c", "d"), "last_turn") == "content_lost"
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    assert kind("WRITTEN", talk("a", "b", tools=(tool,))) == "content_lost"
+    refuses_long = "{% if m['content']|length > 9 %}{{ raise_exception('too long') }}{% endif %}WRITTEN"
+    assert kind(refuses_long, talk("a", "0123456789")) == "unaligned"
+    no_others = "{% if m['role'] == 'developer' %}{{ raise_exception('unknown role') }}{% endif %}WRITTEN"
+    assert kind(no_others, talk(("developer", "a"), ("user", "b"), ("assistant", "c"))) == "role_order"
 
 
 def test_turns_of_a_template_that_prompts_otherwise_than_it_writes_are_found_and_told_of():
@@ -190,16 +234,18 @@ def test_generation_marks_tell_the_spans_where_the_prompt_does_not():
 
 def test_a_template_without_a_stop_token_is_refused():
     tokenizer = toy_tokenizer(CHATML.replace("'<|im_end|>\\n'", "'\\n'"))
-    with pytest.raises(UserError, match=r"writes no stop token.*'One\.\\n'.*never learns to stop"):
-        supervised(tokenizer, talk("a", "One."))
-    with pytest.raises(UserError, match="writes no stop token"):
-        supervised(tokenizer, talk("a", "One.", "the next message begins with a special token"))
+    kind, reason = refusal_of(tokenizer, talk("a", "One."))
+    assert kind == "untrained_stop"
+    assert re.search(r"writes no stop token.*'One\.\\n'.*never learns to stop", reason)
+    kind, _ = refusal_of(tokenizer, talk("a", "One.", "the next message begins with a special token"))
+    assert kind == "untrained_stop"
 
 
 def test_a_stop_token_that_the_tokenizer_does_not_know_is_refused():
     tokenizer = toy_tokenizer(CHATML, eos="</s>", special=())
-    with pytest.raises(UserError, match=r"no stop token.*model\.special_tokens, as in `eos_token: <\|im_end\|>`"):
-        supervised(tokenizer, talk("a", "One."))
+    kind, reason = refusal_of(tokenizer, talk("a", "One."))
+    assert kind == "untrained_stop"
+    assert re.search(r"no stop token.*model\.special_tokens, as in `eos_token: <\|im_end\|>`", reason)
 
 
 def test_a_tokenizer_without_a_template_is_refused():

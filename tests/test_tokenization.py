@@ -9,10 +9,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from src.chat import ChatTemplate
 from src.formats import TextRow
+from src.refusal import Refusal
 from src.tokenization import IGNORED, RowEncoder
 from tests.test_chat import PLAIN, talk
 from tests.toy_tokenizer import CHATML, FAMILIES, family_tokenizer, shared_file, toy_tokenizer
-from utils.errors import UserError
 
 
 def supervised_runs(tokenizer, row):
@@ -61,8 +61,29 @@ def test_a_tokenizer_that_adds_bos_itself_does_not_double_the_templates_bos():
 
 def test_a_template_that_writes_bos_twice_is_refused():
     tokenizer = toy_tokenizer("{{ bos_token + bos_token }}" + CHATML, bos="<s>")
-    with pytest.raises(UserError, match=r"line 7: the chat template writes <s> twice at the start"):
-        RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("a", "b")])
+    [refusal] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("a", "b")])
+    assert refusal.kind == "doubled_bos"
+    assert "line 7: the chat template writes <s> twice at the start" in refusal.reason
+
+
+def test_a_template_without_the_bos_that_the_tokenizer_puts_before_text_is_refused():
+    tokenizer = toy_tokenizer(CHATML, bos="<s>", adds_bos=True)
+    [refusal] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("a", "b")])
+    assert refusal.kind == "missing_bos"
+    assert "line 7: the chat template writes no <s> at the start" in refusal.reason
+    [row] = RowEncoder.of(toy_tokenizer(CHATML, bos="<s>"), "assistant").encode_conversations([talk("a", "b")])
+    assert supervised_runs(tokenizer, row) == ["b<|im_end|>"]
+
+
+def test_a_refused_row_leaves_the_others_of_its_batch_as_they_are():
+    encoder = RowEncoder.of(family_tokenizer("google-gemma-2-2b-it"))
+    good = [talk("a", "One."), talk("b", "Two.")]
+    found = encoder.encode_conversations(
+        [good[0], talk(("user", "a"), ("user", "b")), talk("a", ("user", "b"), "c"), good[1]]
+    )
+    assert [row.kind if isinstance(row, Refusal) else "" for row in found] == ["", "masked", "role_order", ""]
+    assert [found[0], found[3]] == encoder.encode_conversations(good)
+    assert encoder.encode_conversations([]) == []
 
 
 def test_white_space_that_joins_the_templates_own_is_left_out_and_counted():
@@ -77,8 +98,9 @@ def test_supervise_all_needs_no_visible_turns_but_a_last_stop_token():
     [row] = encoder.encode_conversations([talk("a", "One.")])
     assert row.supervised_tokens() == len(row.input_ids) - 1
     unstopped = RowEncoder.of(toy_tokenizer(CHATML, eos="</s>", special=()), "all")
-    with pytest.raises(UserError, match="writes no stop token"):
-        unstopped.encode_conversations([talk("a", "One.")])
+    [refusal] = unstopped.encode_conversations([talk("a", "One.")])
+    assert refusal.kind == "untrained_stop"
+    assert "writes no stop token" in refusal.reason
 
 
 def test_text_that_the_tokenizer_composes_is_supervised_all_the_same():
