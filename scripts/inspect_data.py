@@ -2,84 +2,125 @@
 
 python scripts/inspect_data.py --config config/smol.py
 python scripts/inspect_data.py --config config/smol.py --rows 10 --data.max_length 512
+python scripts/inspect_data.py --config config/smol.py --longest --side eval
 
-Supervised text is green on a terminal and stands in [[double brackets]] elsewhere. The text is decoded from the very
-token ids and labels that training gets. Any field of the recipe can be overridden, as for train.py.
+Supervised text is green on a terminal, and stands in [[double brackets]] elsewhere or where NO_COLOR is set. The text
+is decoded from the very token ids and labels that training gets. Any field of the recipe can be overridden, as for
+train.py.
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.utils.logging import disable_progress_bar
-from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.loader import ConfigError, read_command_line
+from scripts.inspecting.choice import Choice, sides_of
+from scripts.inspecting.terminal import bracketed, coloured, without_controls
 from src.data import TokenizedData, build_datasets
 from src.model import load_tokenizer
-from src.tokenization import IGNORED
+from src.view import RowViewer
 from utils.errors import UserError
 from utils.logging import set_up_logging
 
-
-def marked_text(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]], opening: str, closing: str) -> str:
-    """A row's text with each run of supervised tokens between `opening` and `closing`."""
-    ids, labels = row["input_ids"], row["labels"]
-    bounds = [at for at in range(1, len(ids)) if (labels[at] == IGNORED) != (labels[at - 1] == IGNORED)]
-    pieces = []
-    for start, end in zip([0, *bounds], [*bounds, len(ids)], strict=True):
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-        pieces.append(text if labels[start] == IGNORED else f"{opening}{text}{closing}")
-    return "".join(pieces)
+ROWS = 3
+"""Rows of each side that are shown unless --rows says otherwise."""
 
 
-def _show_rows(data: TokenizedData, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    opening, closing = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
-    for side, table in (("train", data.train), ("eval", data.eval)):
-        for number in range(min(rows, len(table) if table is not None else 0)):
-            row = table[number]
-            supervised = len(row["labels"]) - row["labels"].count(IGNORED)
-            print(f"--- {side} row {number}: {len(row['input_ids'])} tokens, {supervised} supervised")
-            print(marked_text(tokenizer, row, opening, closing))
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or above")
+    return int(text)
 
 
-def _show_account(data: TokenizedData) -> None:
-    for side in ("train", "eval"):
-        report = data.report[side]
-        if report is None:
-            continue
-        for source in report["sources"]:
-            dropped = "".join(f", {count} dropped ({reason})" for reason, count in source["dropped"].items())
-            print(
-                f"{side}: {source['path']} as {source['format']}: {source['rows_kept']:,} of {source['rows']:,} rows, "
-                f"{source['tokens']:,} tokens, {source['supervised_tokens']:,} supervised, longest row "
-                f"{source['longest_row_tokens']:,}{dropped}, {source['truncated']:,} truncated"
-            )
-
-
-def main() -> int:
-    """Run the command; returns its exit code, which is 2 after a mistake in the recipe or the data."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog="Any other option overrides a field of the recipe.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="recipe, a .py or .yaml file")
-    parser.add_argument("--rows", type=int, default=3, help="rows shown of each side (default: %(default)s)")
-    arguments, overrides = parser.parse_known_args()
+    parser.add_argument("--side", choices=("train", "eval"), help="only this side (default: both; for --row train)")
+    parser.add_argument("--rows", type=_count, default=ROWS, help="rows shown of each side (default: %(default)s)")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--row", type=_count, metavar="N", help="only the row of this number, from 0")
+    choice.add_argument("--refused", action="store_true", help="the rows that are left out or cut, with the reasons")
+    choice.add_argument("--longest", action="store_true", help="the longest rows instead of the first")
+    choice.add_argument("--sample", type=_count, metavar="K", help="K rows of each side, chosen by data.seed")
+    return parser
+
+
+def _show_rows(choice: Choice, viewer: RowViewer) -> None:
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for row in choice.shown(viewer):
+        print(
+            f"--- {row.side} row {row.number}: {row.view.tokens():,} tokens, {row.view.supervised_tokens():,} "
+            f"supervised; {without_controls(row.origin)}"
+        )
+        print(coloured(row.view) if colours else bracketed(row.view))
+
+
+def _show_left_out(data: TokenizedData, side: str | None) -> None:
+    count = 0
+    for name in ("train", "eval") if side is None else (side,):
+        for row in data.left_out(name):
+            tokens = "" if row.tokens is None else f" ({row.tokens:,} tokens)"
+            detail = f": {row.detail}" if row.detail else ""
+            print(without_controls(f"{name}: {row.origin}: {row.reason}{tokens}{detail}"))
+            count += 1
+    print(f"{count:,} rows are left out or cut")
+
+
+def _account(data: TokenizedData) -> Iterator[str]:
+    """What became of the rows, a line a source."""
+    for side in ("train", "eval"):
+        report = data.report[side]
+        if report is None:
+            continue
+        for source in report["sources"]:
+            dropped = "".join(f", {count} dropped ({reason})" for reason, count in source["dropped"].items())
+            yield (
+                f"{side}: {source['path']} as {source['format']}: {source['rows_kept']:,} of {source['rows']:,} rows, "
+                f"{source['tokens']:,} tokens, {source['supervised_tokens']:,} supervised, longest row "
+                f"{source['longest_row_tokens']:,}{dropped}, {source['truncated']:,} truncated"
+            )
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = read_command_line(["--config", arguments.config, *overrides]).config
+    tokenizer = load_tokenizer(config.model)
+    data = build_datasets(config.data, tokenizer)
+    side = "train" if arguments.row is not None and arguments.side is None else arguments.side
+    choice = Choice(
+        sides_of(data, side),
+        rows=arguments.rows,
+        row=arguments.row,
+        sample=arguments.sample,
+        longest=arguments.longest,
+        seed=config.data.seed,
+    )
+    if arguments.refused:
+        _show_left_out(data, side)
+    else:
+        _show_rows(choice, RowViewer(tokenizer))
+    print("\n".join(_account(data)))
+
+
+def main() -> int:
+    """Run the command; returns its exit code, which is 2 after a mistake in the recipe or the data."""
+    arguments, overrides = _parser().parse_known_args()
     set_up_logging()
     disable_progress_bar()
     try:
-        config = read_command_line(["--config", arguments.config, *overrides]).config
-        tokenizer = load_tokenizer(config.model)
-        data = build_datasets(config.data, tokenizer)
+        _run(arguments, overrides)
     except (ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _show_rows(data, tokenizer, arguments.rows)
-    _show_account(data)
     return 0
 
 

@@ -210,32 +210,6 @@ def test_real_chats_tokenize_at_a_hundred_thousand_tokens_a_second():
     assert rate > 100_000  # measured 350,000 to 500,000 on two cores; the slack is for a busy machine
 
 
-def inspect(tmp_path, *options):
-    write(tmp_path / "a.jsonl", dialogs(["Hello."], question="hi"))
-    toy_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    recipe = {
-        "model": {"architecture": {"model_type": "llama"}, "tokenizer": str(tmp_path / "tokenizer")},
-        "data": {"train": [{"path": str(tmp_path / "a.jsonl")}], "max_length": 64},
-    }
-    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "scripts/inspect_data.py", "--config", str(tmp_path / "r.yaml"), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_inspect_data_shows_the_supervised_text_in_brackets(tmp_path):
-    shown = inspect(tmp_path, "--rows", "1")
-    assert shown.returncode == 0, shown.stderr
-    assert "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[Hello.<|im_end|>]]" in shown.stdout
-    assert "a.jsonl as prompt_completion: 1 of 1 rows" in shown.stdout
-
-
-@pytest.mark.slow
-def test_inspect_data_tells_of_a_mistake_and_exits_with_2(tmp_path):
-    failed = inspect(tmp_path, "--data.train.0.path", "no.jsonl")
-    assert failed.returncode == 2
-    assert "error: data.train.0.path='no.jsonl' does not exist" in failed.stderr
-
-
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
