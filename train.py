@@ -86,6 +86,7 @@ def train(command: CommandLine) -> None:
         train_packs=train_packs,
         eval_packs=eval_packs,
         keep_checkpoints=config.training.keep_checkpoints,
+        tokens_per_micro_batch=config.training.tokens_per_micro_batch,
         callbacks=[Progress(), metrics, answers],
     )
     if config.hub.repo_id and is_main_process():

@@ -53,7 +53,7 @@ def check_constraints(config: RunConfig) -> None:
     """
     checks = (_blanks(config), _model(config), _precision(config), _adapter(config.adapter), _data(config))
     problems = [problem for check in checks for problem in check]
-    problems += [*_optim(config), *_evaluation(config), *_services(config)]
+    problems += [*_micro_batches(config), *_optim(config), *_evaluation(config), *_services(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -241,6 +241,23 @@ def _source(source: SourceConfig, name: str) -> Iterator[str]:
     for speaker, role in source.roles.items():
         if role not in SOURCE_ROLES:
             yield f"{name}.roles: {speaker}: {role} is no role; allowed are {', '.join(SOURCE_ROLES)}"
+
+
+def _micro_batches(config: RunConfig) -> Iterator[str]:
+    training, max_length = config.training, config.data.max_length
+    tokens = training.tokens_per_micro_batch
+    if tokens is None:
+        return
+    if _changed(training, ("micro_batch_rows",)):
+        yield (
+            f"training.tokens_per_micro_batch={tokens} and training.micro_batch_rows={training.micro_batch_rows} "
+            "exclude each other; leave one of them out"
+        )
+    if tokens < max_length:
+        yield (
+            f"training.tokens_per_micro_batch={tokens} has no room for a row of data.max_length={max_length} tokens; "
+            "raise it, or lower data.max_length"
+        )
 
 
 def _optim(config: RunConfig) -> Iterator[str]:

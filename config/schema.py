@@ -229,6 +229,10 @@ class TrainingConfig:
     micro_batch_rows: int = _limited(1, ge=1)
     """Rows (packs, with packing) that one device takes at once, at least 1."""
 
+    tokens_per_micro_batch: int | None = _limited(None, ge=8)
+    """Most tokens that one device takes at once, padding included, at least `data.max_length`; rows of about the same
+    length then stand together, few long ones or many short ones. None: see `micro_batch_rows`."""
+
     accumulation_steps: int = _limited(1, ge=1)
     """Micro-batches a device adds up before an optimizer step, at least 1. The loss is divided by the supervised tokens
     of all of them, so this never changes the gradient of a given global batch."""

@@ -1,4 +1,4 @@
-"""Rows grouped into packs, and packs made into batches.
+"""Rows grouped into packs, and packs collated into batches.
 
 A row is one document of tokens. A pack is rows set end to end, with positions that start again at 0 for each, from
 which attention takes the borders: no row sees another. Without packing every pack holds one row.
@@ -9,7 +9,8 @@ which attention takes the borders: no row sees another. Without packing every pa
 Shapes: B packs in a batch, L tokens in the longest of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ import pyarrow
 import torch
 from datasets import Dataset
 from pyarrow import compute
-from torch.utils.data import Sampler
 
 from config.schema import DataConfig
 
@@ -31,7 +31,7 @@ LENGTHS_AT_ONCE = 10_000
 """Rows whose lengths are looked up at once."""
 
 FILLER = -1
-"""The index of a pack of one unsupervised token, which fills the last global batch and adds nothing to the loss."""
+"""The index of a pack of one unsupervised token, which fills the last step and adds nothing to the loss."""
 
 
 def best_fit_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -129,6 +129,10 @@ class PackedRows(torch.utils.data.Dataset):
         self.rows = rows.select_columns(["input_ids", "labels"]).with_format("arrow")
         self.lengths = row_lengths(rows)
         self.packs = best_fit_bins(self.lengths, max_length) if packing else [[index] for index in range(len(rows))]
+        starts = np.cumsum([0, *(len(pack) for pack in self.packs[:-1])])
+        order = np.fromiter(itertools.chain.from_iterable(self.packs), dtype=np.int64, count=len(rows))
+        self.pack_tokens = np.add.reduceat(self.lengths[order], starts) if self.packs else self.lengths
+        """Tokens of every pack, int64 (packs,)."""
 
     @classmethod
     def of(cls, rows: Dataset, config: DataConfig) -> "PackedRows":
@@ -209,35 +213,3 @@ class PackCollator:
             "position_ids": torch.from_numpy(position_ids.reshape(shape)),
             "document_borders": torch.from_numpy(borders.astype(np.int32)),
         }
-
-
-class GlobalBatchSampler(Sampler[int]):
-    """The order of packs in each epoch: shuffled by seed and epoch alone, filled up to whole global batches.
-
-    Which packs a global step sees does not depend on how it is split over processes and accumulation steps. The last
-    global batch of an epoch is filled with `FILLER`, so that no pack is dropped or seen twice.
-    """
-
-    def __init__(self, size: int, *, global_batch: int, seed: int) -> None:
-        """
-        Args:
-            size: packs in the data set.
-            global_batch: packs per optimizer step: micro-batch rows x accumulation steps x processes.
-            seed: with the epoch's number, what the order depends on.
-        """
-        self.size = size
-        self.global_batch = global_batch
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, whose order comes next; Accelerate's data loader calls it."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self.size // self.global_batch) * self.global_batch
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
-        yield from order
-        yield from [FILLER] * (len(self) - self.size)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
@@ -23,8 +24,9 @@ from transformers.training_args import TrainingArguments
 
 from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
 from src.attention import check_documents_apart
+from src.batches import PackFeed, StepSplit
 from src.loss import next_token_targets, supervised_nll
-from src.packing import IGNORED, GlobalBatchSampler, PackCollator, PackedRows
+from src.packing import IGNORED, PackCollator, PackedRows
 from utils.checkpointing import CheckpointWriter
 from utils.distributed import accelerator_name
 from utils.errors import UserError
@@ -114,6 +116,7 @@ def training_arguments(
         per_device_eval_batch_size=evaluation.micro_batch_rows,
         label_names=["labels"],
         remove_unused_columns=False,
+        ignore_data_skip=True,  # the feed itself goes to the step that a resumed run is at
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=accelerator_name() == "cuda",
@@ -121,16 +124,22 @@ def training_arguments(
     )
 
 
-class _EpochOrder(TrainerCallback):
-    """Sets the sampler's epoch from the number of steps taken, which a resumed run knows exactly."""
+class _FeedPlace(TrainerCallback):
+    """Starts the feed at the number of steps taken, which a resumed run knows exactly, and keeps the state's epoch.
 
-    def __init__(self, sampler: GlobalBatchSampler) -> None:
-        self.sampler = sampler
+    The feed is one long epoch to Trainer, which cannot know that epochs differ in their number of steps.
+    """
+
+    def __init__(self, trainer: "SFTTrainer") -> None:
+        self.trainer = trainer
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.sampler.set_epoch(state.global_step * self.sampler.global_batch // len(self.sampler))
+        self.trainer.feed.go_to(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.epoch = self.trainer.feed.epoch_at(state.global_step)
 
 
 def _token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
@@ -158,10 +167,12 @@ class SFTTrainer(Trainer):
         eval_packs: PackedRows | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         keep_checkpoints: int = 2,
+        tokens_per_micro_batch: int | None = None,
     ) -> None:
         """
         Args:
             train_packs, eval_packs: rows as packs.
+            tokens_per_micro_batch: most tokens in a micro-batch, padding included. None: `args` counts its packs.
             keep_checkpoints: newest checkpoints kept on disk.
         Raises:
             UserError: several GPUs are visible to one process.
@@ -186,9 +197,15 @@ class SFTTrainer(Trainer):
             )
         self.model_accepts_loss_kwargs = True  # Trainer's word for: the loss is not divided by accumulation again
         self.checkpoints = CheckpointWriter(Path(args.output_dir), keep=keep_checkpoints)
-        self.global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._sampler = GlobalBatchSampler(len(train_packs), global_batch=self.global_batch, seed=args.data_seed)
-        self.add_callback(_EpochOrder(self._sampler))
+        self._split = StepSplit(
+            rows=args.per_device_train_batch_size,
+            tokens=tokens_per_micro_batch,
+            accumulation_steps=args.gradient_accumulation_steps,
+            processes=args.world_size,
+            process=args.process_index,
+        )
+        self.feed: PackFeed | None = None  # made when training begins
+        self.add_callback(_FeedPlace(self))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # supervised, all; since the last log
         self._tokens_since = time.perf_counter()
@@ -210,18 +227,26 @@ class SFTTrainer(Trainer):
                 check_documents_apart(self.accelerator.unwrap_model(self.model))
         if self.args.should_save:
             self.checkpoints.discard_unfinished()
+        self.feed = PackFeed(
+            self.train_dataset,
+            self._split,
+            seed=self.args.data_seed,
+            epochs=self.args.num_train_epochs,
+            max_steps=self.args.max_steps if self.args.max_steps > 0 else None,
+        )
+        self.args.max_steps = self.feed.steps
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches of this process: process r of W takes the r-th of every W of the common order."""
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            sampler=self._sampler,
+        """Micro-batches of this process, each step's once it begins; none is prepared by Accelerate, which would split
+        them over processes a second time."""
+        return DataLoader(
+            self.feed,
+            batch_size=None,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # else each iterator draws from the generator that dropout is drawn from
         )
-        return self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -236,6 +261,7 @@ class SFTTrainer(Trainer):
         if self._steps == 0:
             self._tokens_since = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches = [send_to_device(batch, device, non_blocking=True) for batch in batches]
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             counts[0] += (next_token_targets(batch["labels"]) != IGNORED).sum()

@@ -117,8 +117,6 @@ def test_the_baseline_computes_the_same_loss_of_the_same_rows(tmp_path):
         built, counts = build_trainer(replace(case, trainer=trainer), build_model(case, tmp_path), tmp_path)
         rows = synthetic_rows(case, 512, 6)
         built.train_dataset = rows if trainer == "plain" else PackedRows(rows, max_length=256, packing=False)
-        if trainer == "smolfactory":
-            built._sampler.size = len(rows)
         built.train()
         assert sum(batch.tokens for batch in counts.counts[:2]) == sum(map(len, rows["input_ids"]))
         losses.append(built.state.log_history[0]["loss"])

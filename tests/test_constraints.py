@@ -83,6 +83,16 @@ def check(text, options):
             "--optim.warmup_steps 300 --training.max_steps 300",
             ["optim.warmup_steps=300", "training.max_steps=300"],
         ),
+        (
+            VALID,
+            "--training.tokens_per_micro_batch 4096 --training.micro_batch_rows 2",
+            ["training.tokens_per_micro_batch=4096 and training.micro_batch_rows=2", "leave one of them out"],
+        ),
+        (
+            VALID,
+            "--training.tokens_per_micro_batch 2047",
+            ["training.tokens_per_micro_batch=2047 has no room", "data.max_length=2048"],
+        ),
         (VALID, "--optim.name sgd --optim.beta2 0.9", ["optim.beta2", "optim.name=sgd"]),
         (VALID, "--data.eval_fraction 0.1", ["data.eval", "data.eval_fraction=0.1"]),
         ("model: {path: a/b}", "", ["data.train is empty"]),
@@ -120,6 +130,7 @@ def test_fields_that_contradict_each_other_are_refused(text, options, parts):
         (VALID, "--model.revision v1 --hub.repo_id me/x --hub.license mit"),
         (VALID, "--tracking.report_to wandb --tracking.project x"),
         (VALID, "--data.eval [] --data.eval_fraction 0.1"),
+        (VALID, "--training.tokens_per_micro_batch 2048"),
     ],
 )
 def test_fields_that_fit_each_other_are_accepted(text, options):

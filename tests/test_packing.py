@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from src.packing import FILLER, IGNORED, GlobalBatchSampler, PackCollator, PackedRows, best_fit_bins
+from src.packing import FILLER, IGNORED, PackCollator, PackedRows, best_fit_bins
 
 
 def rows_of(*lengths):
@@ -104,23 +104,3 @@ def test_a_million_rows_are_packed_in_seconds_with_next_to_no_room_left():
     packs = best_fit_bins(lengths, capacity=2048)
     assert time.process_time() - started < 5
     assert lengths.sum() / (2048 * len(packs)) >= 0.999
-
-
-def test_global_batches_do_not_depend_on_how_they_are_split():
-    whole = list(GlobalBatchSampler(21, global_batch=8, seed=3))
-    assert len(whole) == len(GlobalBatchSampler(21, global_batch=8, seed=3)) == 24
-    assert sorted(index for index in whole if index != FILLER) == list(range(21))
-    assert whole[21:] == [FILLER] * 3
-    finer = list(GlobalBatchSampler(21, global_batch=4, seed=3))
-    assert [index for index in finer if index != FILLER] == whole[:21]
-
-
-def test_each_epoch_has_an_order_of_its_own_that_the_seed_fixes():
-    sampler = GlobalBatchSampler(50, global_batch=5, seed=7)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    sampler.set_epoch(0)
-    assert list(sampler) == first
-    assert second != first
-    assert list(GlobalBatchSampler(50, global_batch=5, seed=8)) != first
