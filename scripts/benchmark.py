@@ -4,6 +4,7 @@ python scripts/benchmark.py --model llama-1b --micro_batch_rows 8 --compare --ba
 python scripts/benchmark.py --max_length 4096 --case "model=llama-1b" --case "model=llama-8b method=qlora" \\
     --repeats 3 --output docs/benchmarks/sizes
 python scripts/benchmark.py data --repeats 3     # how fast rows are prepared, beside TRL
+python scripts/benchmark.py scale                # in how much memory a million rows are
 
 Nothing is downloaded. Each case is trained in a process of its own by the project's trainer on packs of synthetic rows,
 so one that fails ends no other and memory figures are its own. With --output the record is written to NAME.json and
@@ -178,6 +179,10 @@ def main(argv: Sequence[str]) -> int:
             from scripts.benchmarking import preparation
 
             return preparation.main(argv[1:], recorded_command(argv))
+        if argv[:1] == ["scale"]:
+            from scripts.benchmarking import scale
+
+            return scale.main(argv[1:], recorded_command(argv))
         given = parse_arguments(argv)
         if given.worker is not None:
             work(json.loads(given.worker))

@@ -93,11 +93,55 @@ def _opener(path: Path, shown: str) -> tuple[Callable[[], BinaryIO], tuple[type[
             zstandard = importlib.import_module("zstandard")
         except ImportError as error:
             raise UserError(f"{shown!r} needs zstandard, which is not installed; `pip install zstandard`") from error
-        reader = zstandard.ZstdDecompressor().stream_reader
-        return lambda: io.BufferedReader(reader(open(path, "rb"), read_across_frames=True, closefd=True), CHUNK), (
+        decompressor = zstandard.ZstdDecompressor()
+        return lambda: io.BufferedReader(_Frames(open(path, "rb"), decompressor.decompressobj), CHUNK), (
             zstandard.ZstdError,
+            EOFError,
         )
     return lambda: open(path, "rb"), ()
+
+
+class _Frames(io.RawIOBase):
+    """The unpacked bytes of zstd frames that stand one after the other; the library's own reader takes the end of the
+    file for the end of a frame, so that rows which were cut off would be missed by nobody.
+
+    Raises:
+        EOFError: the file ends within a frame.
+    """
+
+    def __init__(self, file: BinaryIO, frame: Callable[[], Any]) -> None:
+        """
+        Args:
+            frame: makes what unpacks one frame: zstandard's `decompressobj`.
+        """
+        self.file, self.new_frame = file, frame
+        self.frame, self.packed, self.unpacked = frame(), b"", b""
+
+    def readable(self) -> bool:
+        """It can be read, and nothing else."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill `buffer` with the next bytes, and return their number; 0 at the end."""
+        while not self.unpacked:
+            self.packed = self.packed or self.file.read(io.DEFAULT_BUFFER_SIZE)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self.frame = self.frame or self.new_frame()
+            self.unpacked, self.packed = self.frame.decompress(self.packed), b""
+            if self.frame.eof:
+                self.packed, self.frame = self.frame.unused_data, None
+        given = self.unpacked[: len(buffer)]
+        buffer[: len(given)] = given
+        self.unpacked = self.unpacked[len(given) :]
+        return len(given)
+
+    def close(self) -> None:
+        """Close the file below too."""
+        self.file.close()
+        super().close()
 
 
 def shorten(text: str, limit: int = 60) -> str:

@@ -30,6 +30,7 @@ from src.refusal import Refusal, RowRefusedError
 from src.sources import Row, SourceRows
 from src.tokenization import RowEncoder, TokenRow
 from utils.files import whole_folder
+from utils.hash_set import HashSet
 
 BATCH_ROWS = 500
 """Rows that are rendered and tokenized at once."""
@@ -65,7 +66,7 @@ class Batch:
     rows_read: int
     rows: list[Sample]
     sides: dict[str, str]
-    hashes: list[int]
+    hashes: np.ndarray
     tallies: dict[str, Tally]
 
 
@@ -80,13 +81,17 @@ def content_hash(row: Sample) -> str:
 
 @dataclass
 class Preparation:
-    """What is known across sources: the hashes of rows that were seen, each the first 64 bits of its content's."""
+    """What is known across sources: the hashes of rows that were seen, each the first 64 bits of its content's.
+
+    `shard_rows` are the rows read for one shard, a multiple of BATCH_ROWS.
+    """
 
     config: DataConfig
     encoder: RowEncoder
     folder: Path
-    held_out: set[int] = field(default_factory=set)
-    seen: set[int] = field(default_factory=set)
+    shard_rows: int = SHARD_ROWS
+    held_out: HashSet = field(default_factory=HashSet)
+    seen: HashSet = field(default_factory=HashSet)
 
     def write(self, source: OpenSource) -> None:
         """Write the shards of a source that are not there yet.
@@ -96,16 +101,16 @@ class Preparation:
         """
         shard = 0
         while (account := read_account(self._place(source, shard))) is not None:
-            self._remember(source, np.load(self._place(source, shard) / "hashes.npy").tolist())
-            if account["rows_read"] < SHARD_ROWS:
+            self._remember(source, np.load(self._place(source, shard) / "hashes.npy"))
+            if account["rows_read"] < self.shard_rows:
                 return
             shard += 1
-        rows = itertools.islice(source.found, shard * SHARD_ROWS, None)
-        per_shard = SHARD_ROWS // BATCH_ROWS
+        rows = itertools.islice(source.found, shard * self.shard_rows, None)
+        per_shard = self.shard_rows // BATCH_ROWS
         with self._executor() as executor:
             encoded = self._encoded(self._batches(source, rows), executor)
-            rows_read = SHARD_ROWS
-            while rows_read == SHARD_ROWS:
+            rows_read = self.shard_rows
+            while rows_read == self.shard_rows:
                 with whole_folder(self._place(source, shard)) as place:
                     rows_read = self._write_shard(place, itertools.islice(encoded, per_shard))
                 shard += 1
@@ -133,21 +138,22 @@ class Preparation:
 
     def _sorted(self, source: OpenSource, samples: list[Sample]) -> Batch:
         """The rows of a batch on their sides; training rows that are evaluated on are left out and counted."""
-        hashes = [int(content_hash(sample)[:16], 16) for sample in samples]
+        hashes = np.array([int(content_hash(sample)[:16], 16) for sample in samples], dtype=np.uint64)
+        evaluated = self.held_out.contains(hashes) if source.side == "train" else np.zeros(len(hashes), dtype=bool)
+        known = self._remember(source, hashes)
         limit = 0 if self.config.eval else self.config.eval_fraction * 16**16
         tallies = {"train": Tally(), "eval": Tally()}
         kept, sides = [], {}
-        for sample, number in zip(samples, hashes, strict=True):
+        for sample, number, is_evaluated, is_known in zip(samples, hashes.tolist(), evaluated, known, strict=True):
             side = "eval" if source.side == "eval" or number < limit else "train"
             tally = tallies[side]
-            if source.side == "train" and number in self.held_out:
+            if is_evaluated:
                 tally.note("in_train_and_eval", sample.origin)
                 tally.left_out.append(LeftOut(sample.origin, "in train and eval"))
                 continue
             tally.rows += 1
-            if number in self.seen:
+            if is_known:
                 tally.note("duplicated", sample.origin)
-            self._remember(source, (number,))
             if isinstance(sample, Conversation) and sample.has_empty_answer():
                 tally.note("empty_answers", sample.origin)
             if isinstance(sample, IdsRow) and sample.first_label_dropped:
@@ -156,10 +162,11 @@ class Preparation:
             sides[sample.origin] = side
         return Batch(len(samples), kept, sides, hashes, tallies)
 
-    def _remember(self, source: OpenSource, hashes: Sequence[int]) -> None:
-        self.seen.update(hashes)
+    def _remember(self, source: OpenSource, hashes: np.ndarray) -> np.ndarray:
+        """Take in the hashes of rows, and say which were there."""
         if source.side == "eval":
-            self.held_out.update(hashes)
+            self.held_out.add(hashes)
+        return self.seen.add(hashes)
 
     def _encoded(self, batches: Iterator[Batch], executor: Executor) -> Iterator[tuple[Batch, list[TokenRow]]]:
         """Each batch with its token rows, in order; a few are under way while the caller works on one."""
@@ -181,11 +188,11 @@ class Preparation:
     def _write_shard(self, folder: Path, encoded: Iterator[tuple[Batch, list[TokenRow]]]) -> int:
         """Write a shard's files, and return how many rows of the source it stands for."""
         writer, tallies = ShardWriter(folder), {"train": Tally(), "eval": Tally()}
-        rows_read, hashes = 0, []
+        rows_read, hashes = 0, [np.zeros(0, dtype=np.uint64)]
         with open(folder / "eval.jsonl", "w", encoding="utf-8") as conversations:
             for batch, token_rows in encoded:
                 rows_read += batch.rows_read
-                hashes += batch.hashes
+                hashes.append(batch.hashes)
                 for side, tally in batch.tallies.items():
                     own = [row for row in token_rows if batch.sides[row.origin] == side]
                     kept = tally.keep(own, self.config)
@@ -197,7 +204,7 @@ class Preparation:
                         conversations.writelines(
                             json.dumps(asdict(sample)) + "\n" for sample in batch.rows if _is_answered(sample, measured)
                         )
-        np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
+        np.save(folder / "hashes.npy", np.concatenate(hashes))
         writer.close({"rows_read": rows_read, "tallies": {side: tally.as_json() for side, tally in tallies.items()}})
         return rows_read
 

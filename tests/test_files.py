@@ -1,10 +1,10 @@
 """Data files of every kind, packed or not, read row by row; and what is said of damaged ones."""
 
 import gzip
-import importlib.util
 import itertools
 import json
 import random
+import sys
 
 import pytest
 
@@ -88,11 +88,31 @@ def test_a_damaged_packed_file_is_told(tmp_path):
             values(tmp_path / "a.jsonl.gz")
 
 
-def test_zst_without_zstandard_says_what_to_install(tmp_path):
-    if importlib.util.find_spec("zstandard"):
-        pytest.skip("zstandard is installed")
+@pytest.mark.parametrize("cut", [slice(None, -20), slice(0, 8), slice(3, None)])
+def test_a_damaged_zst_file_is_told(tmp_path, cut):
+    rows = "".join(json.dumps({"a": random.Random(n).random()}) + "\n" for n in range(5000))
+    packed = pytest.importorskip("zstandard").ZstdCompressor().compress(rows.encode())
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[cut])
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst is damaged: it cannot be unpacked"):
+        values(tmp_path / "a.jsonl.zst")
+
+
+def test_a_zst_file_may_be_of_several_frames_and_one_that_is_cut_is_told(tmp_path):
+    packer = pytest.importorskip("zstandard").ZstdCompressor()
+    rows = [{"a": "x" * 100_000, "n": n} for n in range(30)]
+    frames = [packer.compress((json.dumps(row) + "\n").encode()) for row in rows]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert values(tmp_path / "a.jsonl.zst") == rows
+    # Every row of the frames before is whole, and still the file is not.
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames[:20]) + frames[20][:7])
+    with pytest.raises(UserError, match="is damaged: it cannot be unpacked"):
+        values(tmp_path / "a.jsonl.zst")
+
+
+def test_zst_without_zstandard_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)  # as where it is not installed
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a\.jsonl\.zst' needs zstandard, which is not installed; `pip install"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst' needs zstandard, which is not installed; `pip install zstand"):
         values(tmp_path / "a.jsonl.zst")
 
 
