@@ -30,7 +30,8 @@ def train(command: CommandLine) -> None:
 
     from src.adapters import add_adapter, count_parameters
     from src.callbacks import Answers, MetricsFile, Progress
-    from src.data import build_datasets
+    from src.contract import enforce
+    from src.data import build_datasets, token_folder
     from src.model import context_length, load_model, load_settings, load_tokenizer, recompute_activations
     from src.packing import PackedRows
     from src.run import open_run, publish
@@ -65,8 +66,9 @@ def train(command: CommandLine) -> None:
         config.data,
         tokenizer,
         context_length=context_length(settings),
-        cache_folder=Path(config.data.cache_folder or f"{config.output.folder}/.data"),
+        cache_folder=token_folder(config.data, config.output),
     )
+    enforce(data.findings)
     train_packs = PackedRows.of(data.train, config.data)
     eval_packs = PackedRows.of(data.eval, config.data) if data.eval else None
     set_seed(config.training.seed)

@@ -123,6 +123,62 @@ class SourceConfig:
     is taken. None: all rows of every source are taken."""
 
 
+def _share(default: float = 0.0) -> Any:
+    """A field that is a share of rows, from 0 to 1."""
+    return _limited(default, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class ContractConfig:
+    """The largest share of a source's rows, from 0 to 1, that may have each defect. With more a run does not start."""
+
+    malformed: float = _share()
+    """Rows that are not what their format says. Such rows are left out, as are those of the next eight kinds."""
+
+    masked: float = _share()
+    """Rows in which nothing would be trained."""
+
+    untrained_stop: float = _share()
+    """Rows with a trained turn that no stop token ends, from which a model does not learn to stop."""
+
+    doubled_bos: float = _share()
+    """Rows that begin with two BOS tokens."""
+
+    missing_bos: float = _share()
+    """Rows without the BOS token that their tokenizer puts first."""
+
+    role_order: float = _share()
+    """Rows of which the chat template refuses or leaves out a message because of its role or place."""
+
+    content_lost: float = _share()
+    """Rows of which the chat template leaves out a part of a message, or the tools."""
+
+    unaligned: float = _share()
+    """Rows of which the chat template's output does not show where a turn is."""
+
+    answer_truncated: float = _share()
+    """Rows of which nothing that is trained is left once they are cut to `data.max_length`."""
+
+    too_long: float = _share(0.1)
+    """Rows left out because they have more than `data.max_length` tokens."""
+
+    leak: float = _share()
+    """Rows of data.train that stand in data.eval too. They are left out of training."""
+
+    duplicates: float = _share(0.05)
+    """Rows that are equal to one before them."""
+
+    prompt_not_prefix: float = _share()
+    """Rows with a trained turn before which the chat template writes other text than a server would; with
+    `data.unlike_served=drop` they are not counted."""
+
+    null_padded_tools: float = _share()
+    """Rows whose tools or tool calls held keys without a value, as a table writes them; such keys are taken out."""
+
+    date_drift: float = _share()
+    """Rows into which the chat template may write the clock's date, so that they differ from day to day."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What the model learns from, and what is measured on."""
@@ -170,6 +226,9 @@ class DataConfig:
     allow_special_tokens_in_content: bool = False
     """Whether a special token's text inside a message, such as `<|im_end|>` in a question, becomes that token. Else it
     is read as plain text."""
+
+    contract: ContractConfig = field(default_factory=ContractConfig)
+    """What must hold for the rows of every source before a step is taken."""
 
     cache_folder: str | None = None
     """Folder where prepared token rows are kept, for runs with the same rows, tokenizer and settings. None: `.data` in

@@ -5,7 +5,16 @@ python scripts/convert_checkpoint.py ../shared/data/weights/stories260K/stories2
 accelerate launch train.py --config config/stories260k_alpaca.py
 """
 
-from config.schema import DataConfig, ModelConfig, OptimConfig, OutputConfig, RunConfig, SourceConfig, TrainingConfig
+from config.schema import (
+    ContractConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    OutputConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
 
 config = RunConfig(
     model=ModelConfig(path="outputs/stories260k", chat_template="config/chat_templates/plain.jinja"),
@@ -13,6 +22,8 @@ config = RunConfig(
         train=(SourceConfig(path="../shared/data/datasets/llama_factory/alpaca_en_demo.json"),),
         eval_fraction=0.1,
         max_length=512,
+        # Its tokenizer has 512 ids, so that two in five of the answers do not fit a context of 512 tokens.
+        contract=ContractConfig(too_long=0.5),
     ),
     optim=OptimConfig(learning_rate=2e-3, warmup_fraction=0.05),
     training=TrainingConfig(

@@ -45,7 +45,7 @@ COMPLETE = "complete.json"
 POLL_S = 0.2
 """Seconds between two looks at whether another process is done."""
 
-NO_MATTER = frozenset({"workers", "cache_folder", "packing"})
+NO_MATTER = frozenset({"workers", "cache_folder", "packing", "contract"})
 """Fields of DataConfig that change no token row; every other one is in the key."""
 
 IMPORTS = re.compile(r"^\s*(?:from|import) ((?:src|config|utils)\.[\w.]+)", re.MULTILINE)

@@ -87,6 +87,10 @@ class ChatTemplate:
         """The SHA-256 of the template's text."""
         return hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()
 
+    def asks_the_clock(self, conversation: Conversation) -> bool:
+        """Whether the template may write the clock's date into a conversation."""
+        return self.date_string is None and "strftime_now" in self.sources[bool(conversation.tools)]
+
     def writes_date(self) -> bool:
         """Whether the template knows a date, so that rows depend on the one it is given."""
         return any(name in source for source in self.sources for name in ("strftime_now", "date_string"))

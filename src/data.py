@@ -21,11 +21,13 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from config.schema import DataConfig, SourceConfig
+from config.schema import DataConfig, OutputConfig, SourceConfig
 from src.accounting import LeftOut, Tally, read_left_out
 from src.cache import cache_key, load_rows, prepared, read_account, shard_name
+from src.contract import ContractError, Finding, findings
 from src.formats import Conversation, row_converter
 from src.mixing import mixed_order, rows_of_a_pass
+from src.packing import length_percentiles, row_lengths
 from src.preparation import OpenSource, Preparation, content_hash, read_conversations
 from src.sources import open_source
 from src.tokenization import RowEncoder
@@ -45,13 +47,15 @@ class TokenizedData:
     is the id of its own token, or -100 where it is not supervised, which the first of a row never is; and origin, the
     place where the row was read. Both are mapped from disk. `eval` is None without evaluation rows;
     `eval_conversations` are those of its conversations that end with an answer, in order (none for texts). `report` is
-    plain JSON. `left_out("train")` reads from disk which rows are not trained on, or are cut, and why.
+    plain JSON. `findings` are the defects that rows have, for `src.contract.enforce`; `left_out("train")` reads from
+    disk which rows are not trained on, or are cut, and why.
     """
 
     train: datasets.Dataset
     eval: datasets.Dataset | None
     eval_conversations: list[Conversation]
     report: dict[str, Any]
+    findings: list[Finding]
     left_out: Callable[[str], Iterator[LeftOut]]
 
 
@@ -63,6 +67,18 @@ class _Prepared:
     shards: list[Path]
     rows_read: int
     tallies: dict[str, Tally]
+
+    def both_sides(self) -> Tally:
+        """The counts of all its rows."""
+        tally = Tally()
+        for part in self.tallies.values():
+            tally.add(part)
+        return tally
+
+
+def token_folder(data: DataConfig, output: OutputConfig) -> Path:
+    """Where a run keeps its token rows."""
+    return Path(data.cache_folder or f"{output.folder}/.data")
 
 
 def build_datasets(
@@ -79,7 +95,9 @@ def build_datasets(
         cache_folder: where token rows are kept for the next run, which several processes may share; None: in a
             temporary folder, for as long as this process lasts.
     Raises:
-        UserError: a source, row, template or length is not right; it says what was found and what to change.
+        UserError: a source, template or length is not right; it says what was found and what to change. A row that is
+            not right is left out, and is among the findings.
+        ContractError: no row is left, and more of them have a defect than may have it.
     """
     if not config.train:
         raise UserError("data.train names no source; give at least one, as in data.train.0.path=rows.jsonl")
@@ -165,11 +183,13 @@ def _found(folder: Path, source: OpenSource) -> _Prepared:
 def _load(sources: Sequence[_Prepared], config: DataConfig, encoder: RowEncoder) -> TokenizedData:
     train = [source for source in sources if source.source.side == "train"]
     held_out = [source for source in sources if source.source.side == "eval"]
+    whole = [(source.source.found.path, source.rows_read, source.both_sides()) for source in sources]
+    found = findings(whole, config.contract)
     if not held_out and config.eval_fraction > 0:
-        _check_split(train, config.eval_fraction)
+        _check_split(train, config.eval_fraction, found)
         held_out = train
-    train_report = _report(train, config, "train")
-    eval_report = _report(held_out, config, "eval") if held_out else None
+    train_report = _report(train, config, "train", found)
+    eval_report = _report(held_out, config, "eval", found) if held_out else None
     rows = load_rows([shard for source in train for shard in source.shards], "train")
     if any(source.weight or source.epochs > 1 for source in config.train):
         rows = _mixed(rows, train_report["sources"], config)
@@ -190,36 +210,48 @@ def _load(sources: Sequence[_Prepared], config: DataConfig, encoder: RowEncoder)
             "bos_before_texts": bool(encoder.bos_ids()),
             "train": train_report,
             "eval": eval_report,
+            "findings": [finding.as_json() for finding in found],
         },
+        findings=found,
         left_out=functools.partial(read_left_out, [shard for source in sources for shard in source.shards]),
     )
 
 
-def _check_split(sources: Sequence[_Prepared], fraction: float) -> None:
+def _nothing_left(message: str, found: Sequence[Finding]) -> UserError:
+    """The error of a side without rows, with what the contract says of those that were read."""
+    return ContractError(found, message) if any(finding.broken for finding in found) else UserError(message)
+
+
+def _check_split(sources: Sequence[_Prepared], fraction: float, found: Sequence[Finding]) -> None:
     """
     Raises:
         UserError: all rows fall on one side.
     """
     counts = [sum(source.tallies[side].rows for source in sources) for side in ("train", "eval")]
     if 0 in counts:
-        raise UserError(
+        raise _nothing_left(
             f"data.eval_fraction={fraction} puts {counts[0]} rows on the training and {counts[1]} on the evaluation "
             "side, as equal rows stay together; give more rows, another fraction, or a file of its own as data.eval "
-            "(a txt file is one document, unless lines of <|endoftext|> part it)"
+            "(a txt file is one document, unless lines of <|endoftext|> part it)",
+            found,
         )
     log.info("%d rows for training, %d set aside for evaluation by their content", *counts)
 
 
-def _report(sources: Sequence[_Prepared], config: DataConfig, side: str) -> dict[str, Any]:
+def _report(sources: Sequence[_Prepared], config: DataConfig, side: str, found: Sequence[Finding]) -> dict[str, Any]:
     """The account of all rows on a side, which is told in the log too.
 
     Raises:
         UserError: no row is left, or one is too long and that is an error.
     """
+    accounts = []
     for source in sources:
-        source.tallies[side].refuse_too_long(config)
-        source.tallies[side].tell(source.source.found.path, side)
-    accounts = [_account(source, source.tallies[side]) for source in sources]
+        tally = source.tallies[side]
+        tally.refuse_too_long(config)
+        rows = load_rows(source.shards, side)
+        percentiles = length_percentiles(row_lengths(rows)) if rows else {}
+        tally.tell(source.source.found.path, side, percentiles)
+        accounts.append(_account(source, tally, percentiles))
     report = {
         "sources": accounts,
         **{
@@ -234,19 +266,22 @@ def _report(sources: Sequence[_Prepared], config: DataConfig, side: str) -> dict
                 "supervised_tokens_lost",
             )
         },
-        "dropped": dict(sum((Counter(account["dropped"]) for account in accounts), Counter())),
+        **{
+            key: dict(sum((Counter(account[key]) for account in accounts), Counter())) for key in ("refused", "dropped")
+        },
     }
     if report["rows_kept"] == 0:
-        if not report["dropped"]:
-            raise UserError(f"no {side} row is left: data.{side} gives none that data.eval has not; give others")
-        raise UserError(
-            f"no {side} row is left: {report['dropped']}; raise data.max_length={config.max_length}, or set "
-            f"data.too_long=truncate (now {config.too_long})"
-        )
+        lost = {f"refused: {kind}": count for kind, count in report["refused"].items()} | report["dropped"]
+        message = f"no {side} row is left: {lost or 'data.eval has all of them'}"
+        if report["dropped"]:
+            message += (
+                f"; raise data.max_length={config.max_length}, or set data.too_long=truncate (now {config.too_long})"
+            )
+        raise _nothing_left(message, found)
     return report
 
 
-def _account(prepared: _Prepared, tally: Tally) -> dict[str, Any]:
+def _account(prepared: _Prepared, tally: Tally, percentiles: dict[str, int]) -> dict[str, Any]:
     found = prepared.source.found
     return {
         "path": found.path,
@@ -255,22 +290,26 @@ def _account(prepared: _Prepared, tally: Tally) -> dict[str, Any]:
         "sha256": found.sha256,
         "revision": found.revision,
         "rows_read": prepared.rows_read,
-        "rows_in_train_and_eval": tally.in_train_and_eval,
+        "rows_in_train_and_eval": tally.defects["leak"],
         "rows": tally.rows,
         "rows_kept": tally.rows_kept,
-        "duplicated": tally.duplicated,
+        "duplicated": tally.defects["duplicates"],
+        "refused": dict(tally.refused),
         "dropped": dict(tally.dropped),
         "truncated": tally.truncated,
         "texts_split": tally.texts_split,
         "turns_with_joined_white_space": tally.joined_turns,
-        "unlike_served": tally.unlike_served,
+        "unlike_served": tally.defects["prompt_not_prefix"] + tally.dropped["unlike served"],
         "turns_without_their_reasoning": tally.lost_reasoning,
         "rows_with_text_of_special_tokens": tally.special_text,
         "longest_row_tokens": tally.longest,
+        "length_percentiles": percentiles,
         "tokens": tally.tokens,
         "supervised_tokens": tally.supervised_tokens,
+        "supervised_share": round(tally.supervised_tokens / max(1, tally.tokens), 4),
         "supervised_tokens_lost": tally.supervised_tokens_lost,
         "examples": tally.examples,
+        "reasons": tally.reasons,
     }
 
 

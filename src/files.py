@@ -31,6 +31,9 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 CHUNK = 1 << 20
 """Characters of a JSON array that are read at once."""
 
+PADDED_TOOLS = re.compile(r"(?:^|\.)(?:tools|tool_calls)\.")
+"""In the dotted name of a key: it is one within tools or tool calls."""
+
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -38,12 +41,17 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 class Row:
     """One row as it was read; `origin` says where, as `file line N` (counted from 1) or `file row N`.
 
-    `cleaned`: keys without a value were taken out of it, which Arrow puts where another row has the key.
+    `cleaned` are the dotted names of the keys without a value that were taken out of it, which Arrow puts where another
+    row has the key.
     """
 
     origin: str
     values: dict[str, Any]
-    cleaned: bool = False
+    cleaned: frozenset[str] = frozenset()
+
+    def had_padded_tools(self) -> bool:
+        """Whether keys without a value stood in its tools or its tool calls."""
+        return any(PADDED_TOOLS.search(name) for name in self.cleaned)
 
 
 def file_type(path: Path) -> str | None:

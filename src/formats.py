@@ -3,6 +3,7 @@
     convert = row_converter(found)             # told from the columns and the first values
     convert.format                             # "alpaca"
     convert(row)                               # Conversation(messages=({"role": "user", ...}, ...), ...)
+    convert.checked(row)                       # the same, or a Refusal where the row is not what the format says
 
 | format            | columns                                                                             |
 |-------------------|-------------------------------------------------------------------------------------|
@@ -18,11 +19,12 @@ Every format but text and tokenized may also have `system` (a text, put first) a
 its JSON). `src.messages` says what a message may hold.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from src.messages import checked_message, parsed, sharegpt_message, tool_schemas
+from src.refusal import Refusal
 from src.sources import Row, SourceRows
 from utils.errors import UserError
 
@@ -129,6 +131,13 @@ class RowConverter:
         turns, completion_start = self._turns(row)
         return _conversation(row, turns, completion_start, self.roles)
 
+    def checked(self, row: Row) -> Sample | Refusal:
+        """The row as a sample, or why it is none."""
+        try:
+            return self(row)
+        except UserError as error:
+            return Refusal(row.origin, "malformed", str(error))
+
     def _turns(self, row: Row) -> tuple[list[Any], int | None]:
         """The messages, not checked yet, and the index of the completion's first."""
         if self.format == "messages":
@@ -221,22 +230,6 @@ def row_converter(found: SourceRows, name: str = "auto") -> RowConverter:
     return RowConverter(name, turns[0], found.roles)
 
 
-def require_assistant_turns(rows: Iterable[Conversation], path: str) -> None:
-    """Refuse conversations in which nothing would be supervised.
-
-    Raises:
-        UserError: some have no assistant turn; it names the first ones and their number.
-    """
-    rows = list(rows)
-    without = [row.origin for row in rows if set(row.assistant_turns()) <= set(row.untrained)]
-    if without:
-        raise UserError(
-            f"{len(without)} of {len(rows)} rows of {path} have no assistant turn to train, so nothing in them would "
-            f"be trained: {', '.join(without[:3])}{' ...' if len(without) > 3 else ''}; remove them, or set "
-            "data.supervise=all"
-        )
-
-
 def _conversation(row: Row, turns: list[Any], completion_start: int | None, roles: Mapping[str, str]) -> Conversation:
     messages, untrained = [], []
     for number, turn in enumerate(turns, start=1):
@@ -282,9 +275,10 @@ def _side(row: Row, column: str, role: str) -> list[Any]:
 def _alpaca(row: Row) -> list[dict[str, Any]]:
     """Instruction and input are one user message, a line feed between them."""
     messages = []
-    for pair in parsed(row.values.get("history") or [], f"{row.origin}: `history`"):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"{row.origin} has a `history` that is not a list of [user, assistant] pairs")
+    history = parsed(row.values.get("history") or [], f"{row.origin}: `history`")
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError(f"{row.origin} has a `history` that is not a list of [user, assistant] pairs")
+    for pair in history:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = "\n".join(part for part in (_text(row, "instruction"), _text(row, "input", default="")) if part)
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
@@ -293,7 +287,7 @@ def _alpaca(row: Row) -> list[dict[str, Any]]:
 def _ids(row: Row) -> IdsRow:
     """A tokenized row, once its ids and labels are found right; without `labels`, all but the first are supervised."""
     ids = _integers(row, "input_ids")
-    mask = parsed(row.values.get("attention_mask"), f"{row.origin}: `attention_mask`")
+    mask = None if row.values.get("attention_mask") is None else _list(row, "attention_mask")
     if mask is not None and (len(mask) != len(ids) or 0 in mask):
         raise UserError(f"{row.origin} is padded (its attention_mask holds 0); give rows without padding")
     if row.values.get("labels") is None:

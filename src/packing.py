@@ -112,6 +112,12 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
 
 
+def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
+    """The tokens that so many in a hundred rows have at most; nothing if there are no rows."""
+    told = np.percentile(lengths, PERCENTILES, method="inverted_cdf") if len(lengths) else []
+    return {str(share): int(length) for share, length in zip(PERCENTILES, told, strict=False)}
+
+
 class PackedRows(torch.utils.data.Dataset):
     """Token rows as packs of row numbers, looked up in the rows' table when they are asked for.
 
@@ -159,13 +165,12 @@ class PackedRows(torch.utils.data.Dataset):
         """Counts for the run's record: rows, packs, tokens, the share of the packs' room that tokens fill, and the
         tokens that so many in a hundred rows have at most.
         """
-        told = np.percentile(self.lengths, PERCENTILES, method="inverted_cdf") if len(self.lengths) else []
         return {
             "rows": len(self.lengths),
             "packs": len(self.packs),
             "tokens": self.tokens,
             "fill": round(self.tokens / max(1, len(self.packs) * max_length), 4),
-            "length_percentiles": {str(share): int(length) for share, length in zip(PERCENTILES, told, strict=False)},
+            "length_percentiles": length_percentiles(self.lengths),
         }
 
 

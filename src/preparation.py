@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from config.schema import DataConfig
-from src.accounting import LeftOut, Tally, write_left_out
+from src.accounting import Tally, write_left_out
 from src.cache import ShardWriter, read_account, shard_name
-from src.formats import Conversation, IdsRow, RowConverter, Sample, TextRow, require_assistant_turns
-from src.pretokenized import checked_ids
-from src.refusal import Refusal, RowRefusedError
+from src.formats import Conversation, IdsRow, RowConverter, Sample, TextRow
+from src.pretokenized import IdsChecker
+from src.refusal import Refusal
 from src.sources import Row, SourceRows
 from src.tokenization import RowEncoder, TokenRow
 from utils.files import whole_folder
@@ -70,13 +70,37 @@ class Batch:
     tallies: dict[str, Tally]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the rows of a source are encoded with; `text_length` is that after which a text is split, in tokens."""
+
+    encoder: RowEncoder
+    text_length: int
+    checker: IdsChecker | None
+
+
 def content_hash(row: Sample) -> str:
-    """The SHA-256 of a row's content as canonical JSON: the same for equal rows, wherever they were read."""
+    """The SHA-256 of a row's content as canonical JSON: the same for equal rows, wherever they were read.
+
+    Raises:
+        UnicodeEncodeError: a text holds half of a surrogate pair, which no text can.
+    """
     if isinstance(row, Conversation):
         content: Any = {"messages": list(row.messages), "tools": list(row.tools)}
     else:
         content = row.text if isinstance(row, TextRow) else list(row.input_ids)
-    return hashlib.sha256(CANONICAL.encode(content).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(CANONICAL.encode(content).encode()).hexdigest()
+
+
+def _hashed(sample: Sample | Refusal) -> tuple[Sample | Refusal, int | None]:
+    """A row with the first 64 bits of its content's hash; a refusal has none."""
+    if isinstance(sample, Refusal):
+        return sample, None
+    try:
+        return sample, int(content_hash(sample)[:16], 16)
+    except UnicodeEncodeError as error:
+        half = f"{error.object[error.start : error.end]!r}, half of a surrogate pair, which is no character"
+        return Refusal(sample.origin, "malformed", f"{sample.origin} holds {half}; write the text as UTF-8 again"), None
 
 
 @dataclass
@@ -97,7 +121,8 @@ class Preparation:
         """Write the shards of a source that are not there yet.
 
         Raises:
-            UserError: a row is not right, or the template does not allow exact supervision of it; it names the row.
+            UserError: a file cannot be read, or a row is written unlike a server would and the config makes that an
+                error.
         """
         shard = 0
         while (account := read_account(self._place(source, shard))) is not None:
@@ -107,8 +132,9 @@ class Preparation:
             shard += 1
         rows = itertools.islice(source.found, shard * self.shard_rows, None)
         per_shard = self.shard_rows // BATCH_ROWS
-        with self._executor() as executor:
-            encoded = self._encoded(self._batches(source, rows), executor)
+        work = self._work(source)
+        with self._executor(work) as executor:
+            encoded = self._encoded(self._batches(source, rows), executor, work)
             rows_read = self.shard_rows
             while rows_read == self.shard_rows:
                 with whole_folder(self._place(source, shard)) as place:
@@ -118,49 +144,61 @@ class Preparation:
     def _place(self, source: OpenSource, shard: int) -> Path:
         return self.folder / shard_name(source.index, shard)
 
-    def _executor(self) -> Executor:
+    def _executor(self, work: Work) -> Executor:
         workers = self.config.workers
         if workers in (None, 1):
             return ThreadPoolExecutor(AT_WORK)
         # Spawned, as a fork of a process whose tokenizer has started threads can hang.
-        return ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (self.encoder, self._text_length()))
+        return ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (work,))
 
-    def _text_length(self) -> int:
-        """Tokens after which a text is split."""
-        return self.config.max_length if self.config.too_long in ("auto", "split") else sys.maxsize
+    def _work(self, source: OpenSource) -> Work:
+        """What it takes to encode the rows of a source."""
+        text_length = self.config.max_length if self.config.too_long in ("auto", "split") else sys.maxsize
+        tokenized = source.convert.format == "tokenized"
+        return Work(self.encoder, text_length, IdsChecker.of(self.encoder.tokenizer) if tokenized else None)
 
     def _batches(self, source: OpenSource, rows: Iterator[Row]) -> Iterator[Batch]:
         while read := list(itertools.islice(rows, BATCH_ROWS)):
-            samples = [source.convert(row) for row in read]
-            if source.is_chat and self.config.supervise == "assistant":
-                require_assistant_turns(samples, source.found.path)
-            yield self._sorted(source, samples)
+            yield self._sorted(source, read)
 
-    def _sorted(self, source: OpenSource, samples: list[Sample]) -> Batch:
-        """The rows of a batch on their sides; training rows that are evaluated on are left out and counted."""
-        hashes = np.array([int(content_hash(sample)[:16], 16) for sample in samples], dtype=np.uint64)
-        evaluated = self.held_out.contains(hashes) if source.side == "train" else np.zeros(len(hashes), dtype=bool)
-        known = self._remember(source, hashes)
+    def _sorted(self, source: OpenSource, read: Sequence[Row]) -> Batch:
+        """The rows of a batch on their sides; training rows that are evaluated on, and malformed ones, are left out."""
         limit = 0 if self.config.eval else self.config.eval_fraction * 16**16
-        tallies = {"train": Tally(), "eval": Tally()}
-        kept, sides = [], {}
-        for sample, number, is_evaluated, is_known in zip(samples, hashes.tolist(), evaluated, known, strict=True):
-            side = "eval" if source.side == "eval" or number < limit else "train"
-            tally = tallies[side]
+        samples = [_hashed(source.convert.checked(row)) for row in read]
+        hashes = np.array([number for _, number in samples if number is not None], dtype=np.uint64)
+        evaluated = self.held_out.contains(hashes) if source.side == "train" else np.zeros(len(hashes), dtype=bool)
+        met_before = zip(evaluated, self._remember(source, hashes), strict=True)
+        batch = Batch(len(read), [], {}, hashes, {"train": Tally(), "eval": Tally()})
+        for row, (sample, number) in zip(read, samples, strict=True):
+            side = "eval" if source.side == "eval" or (number is not None and number < limit) else "train"
+            tally = batch.tallies[side]
+            if row.had_padded_tools():
+                tally.defect("null_padded_tools", row.origin)
+            if isinstance(sample, Refusal):
+                tally.rows += 1
+                tally.refuse(sample)
+                continue
+            is_evaluated, is_known = next(met_before)
             if is_evaluated:
-                tally.note("in_train_and_eval", sample.origin)
-                tally.left_out.append(LeftOut(sample.origin, "in train and eval"))
+                tally.leak(sample.origin)
                 continue
             tally.rows += 1
             if is_known:
-                tally.note("duplicated", sample.origin)
-            if isinstance(sample, Conversation) and sample.has_empty_answer():
+                tally.defect("duplicates", sample.origin)
+            self._look_at(sample, tally)
+            batch.rows.append(sample)
+            batch.sides[sample.origin] = side
+        return batch
+
+    def _look_at(self, sample: Sample, tally: Tally) -> None:
+        """Count what can be told of a row before it is tokenized."""
+        if isinstance(sample, Conversation):
+            if sample.has_empty_answer():
                 tally.note("empty_answers", sample.origin)
-            if isinstance(sample, IdsRow) and sample.first_label_dropped:
-                tally.note("first_labels", sample.origin)
-            kept.append(sample)
-            sides[sample.origin] = side
-        return Batch(len(samples), kept, sides, hashes, tallies)
+            if self.encoder.template.asks_the_clock(sample):
+                tally.defect("date_drift", sample.origin)
+        if isinstance(sample, IdsRow) and sample.first_label_dropped:
+            tally.note("first_labels", sample.origin)
 
     def _remember(self, source: OpenSource, hashes: np.ndarray) -> np.ndarray:
         """Take in the hashes of rows, and say which were there."""
@@ -168,14 +206,16 @@ class Preparation:
             self.held_out.add(hashes)
         return self.seen.add(hashes)
 
-    def _encoded(self, batches: Iterator[Batch], executor: Executor) -> Iterator[tuple[Batch, list[TokenRow]]]:
+    def _encoded(
+        self, batches: Iterator[Batch], executor: Executor, work: Work
+    ) -> Iterator[tuple[Batch, list[TokenRow | Refusal]]]:
         """Each batch with its token rows, in order; a few are under way while the caller works on one."""
-        encode: Callable[[list[Sample]], Future[list[TokenRow]]]
+        encode: Callable[[list[Sample]], Future[list[TokenRow | Refusal]]]
         if isinstance(executor, ProcessPoolExecutor):
             encode = lambda rows: executor.submit(_encode_in_worker, rows)  # noqa: E731
         else:
-            encode = lambda rows: executor.submit(_encode, rows, self.encoder, self._text_length())  # noqa: E731
-        under_way: deque[tuple[Batch, Future[list[TokenRow]]]] = deque()
+            encode = lambda rows: executor.submit(_encode, rows, work)  # noqa: E731
+        under_way: deque[tuple[Batch, Future[list[TokenRow | Refusal]]]] = deque()
         for batch in batches:
             under_way.append((batch, encode(batch.rows)))
             if len(under_way) > max(AT_WORK, self.config.workers or 1):
@@ -185,7 +225,7 @@ class Preparation:
             first, future = under_way.popleft()
             yield first, future.result()
 
-    def _write_shard(self, folder: Path, encoded: Iterator[tuple[Batch, list[TokenRow]]]) -> int:
+    def _write_shard(self, folder: Path, encoded: Iterator[tuple[Batch, list[TokenRow | Refusal]]]) -> int:
         """Write a shard's files, and return how many rows of the source it stands for."""
         writer, tallies = ShardWriter(folder), {"train": Tally(), "eval": Tally()}
         rows_read, hashes = 0, [np.zeros(0, dtype=np.uint64)]
@@ -223,29 +263,25 @@ def read_conversations(shard: Path) -> list[Conversation]:
     ]
 
 
-def _encode(rows: Sequence[Sample], encoder: RowEncoder, text_length: int) -> list[TokenRow]:
+def _encode(rows: Sequence[Sample], work: Work) -> list[TokenRow | Refusal]:
     if not rows:
         return []
     if isinstance(rows[0], TextRow):
-        return encoder.encode_texts(rows, text_length)
+        return work.encoder.encode_texts(rows, work.text_length)
     if isinstance(rows[0], IdsRow):
-        return checked_ids(rows, len(encoder.tokenizer))
-    encoded = encoder.encode_conversations(rows)
-    for row in encoded:
-        if isinstance(row, Refusal):
-            raise RowRefusedError(row)
-    return encoded
+        return work.checker.checked(rows)
+    return work.encoder.encode_conversations(rows)
 
 
-_worker: tuple[RowEncoder, int] | None = None
+_worker: Work | None = None
 """What a worker process encodes with, sent to it once."""
 
 
-def _start_worker(encoder: RowEncoder, text_length: int) -> None:
+def _start_worker(work: Work) -> None:
     global _worker
-    _worker = encoder, text_length
+    _worker = work
 
 
-def _encode_in_worker(rows: Sequence[Sample]) -> list[TokenRow]:
+def _encode_in_worker(rows: Sequence[Sample]) -> list[TokenRow | Refusal]:
     assert _worker is not None
-    return _encode(rows, *_worker)
+    return _encode(rows, _worker)

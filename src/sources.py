@@ -169,10 +169,16 @@ def _check_columns(head: list[Row], names: dict[str, str], name: str) -> None:
 def _renamed(read: Callable[[], Iterable[Row]], names: dict[str, str]) -> Iterator[Row]:
     """Give each row's values their expected names; a column of that name that was there before is replaced."""
     moved = set(names.values()) | set(names)
+    expected_of = {given: expected for expected, given in names.items()}
     for row in read():
         values = {column: value for column, value in row.values.items() if column not in moved}
         values |= {expected: row.values[given] for expected, given in names.items() if given in row.values}
-        yield Row(row.origin, values, row.cleaned)
+        yield Row(row.origin, values, frozenset(_renamed_key(name, expected_of) for name in row.cleaned))
+
+
+def _renamed_key(name: str, expected_of: dict[str, str]) -> str:
+    column, dot, key = name.partition(".")
+    return expected_of.get(column, column) + dot + key
 
 
 def _may_be_on_hub(path: str) -> bool:

@@ -2,6 +2,7 @@
 
     for values, cleaned in parquet_rows(Path("rows.parquet"), "rows.parquet"):
         values                               # {"tools": [{"name": "f"}]}, not {"tools": [{"name": "f", "days": None}]}
+        cleaned                              # {"tools.days"}
 
 Arrow gives every object of a column the same keys, so a table made of JSON holds nulls for keys that only other rows
 have, and a template would write them. Such keys are taken out again. A key that is null in the whole table was null in
@@ -23,8 +24,8 @@ BATCH_ROWS = 1000
 """Rows of a table that become Python objects at once."""
 
 
-def parquet_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The rows of a parquet file, and whether keys were taken out of each.
+def parquet_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """The rows of a parquet file, and the dotted names of the keys that were taken out of each.
 
     Raises:
         UserError: the file is damaged or no parquet file.
@@ -36,9 +37,9 @@ def parquet_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], bool]
         raise UserError(f"{shown} cannot be read as parquet: {error}") from error
 
 
-def arrow_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The rows of an arrow file, of either kind (a stream, as `datasets` writes, or a file with its index), and whether
-    keys were taken out of each.
+def arrow_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """The rows of an arrow file, of either kind (a stream, as `datasets` writes, or a file with its index), and
+    the dotted names of the keys that were taken out of each.
 
     Raises:
         UserError: the file is damaged or no arrow file.
@@ -56,26 +57,26 @@ def arrow_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], bool]]:
         raise UserError(f"{shown} cannot be read as arrow: {error}") from error
 
 
-def data_set_rows(table: datasets.Dataset) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The rows of a data set, and whether keys were taken out of each."""
+def data_set_rows(table: datasets.Dataset) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """The rows of a data set, and the dotted names of the keys that were taken out of each."""
     return table_rows(table.with_format("arrow").iter(BATCH_ROWS))
 
 
 def table_rows(
     batches: Iterable[pyarrow.RecordBatch | pyarrow.Table],
-) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The rows of tables of one schema, and whether keys were taken out of each."""
+) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """The rows of tables of one schema, and the dotted names of the keys that were taken out of each."""
     for batch in batches:
         json_columns = _json_columns(batch.schema)
         nested = {field.name: field.type for field in batch.schema if _holds_objects(field.type)}
         for start in range(0, batch.num_rows, BATCH_ROWS):
             for values in batch.slice(start, BATCH_ROWS).to_pylist():
-                found = []
+                found: set[str] = set()
                 for column, kind in nested.items():
-                    values[column] = _restored(values[column], kind, found)
+                    values[column] = _restored(values[column], kind, column, found)
                 for column in json_columns:
                     values[column] = json.loads(values[column]) if isinstance(values[column], str) else values[column]
-                yield values, bool(found)
+                yield values, frozenset(found)
 
 
 def _json_columns(schema: pyarrow.Schema) -> list[str]:
@@ -98,15 +99,15 @@ def _holds_objects(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_struct(kind)
 
 
-def _restored(value: Any, kind: pyarrow.DataType, found: list[str]) -> Any:
-    """A value with its JSON parsed and without Arrow's keys, whose names are added to `found`."""
+def _restored(value: Any, kind: pyarrow.DataType, name: str, found: set[str]) -> Any:
+    """A value with its JSON parsed and without Arrow's keys, whose names, after `name`, are added to `found`."""
     if value is None:
         return None
     if _is_json(kind):
         return json.loads(value)
     if _is_list(kind):
         if _is_json(kind.value_type) or _holds_objects(kind.value_type):
-            return [_restored(item, kind.value_type, found) for item in value]
+            return [_restored(item, kind.value_type, name, found) for item in value]
         return value
     if not pyarrow.types.is_struct(kind):
         return value
@@ -114,7 +115,7 @@ def _restored(value: Any, kind: pyarrow.DataType, found: list[str]) -> Any:
     for part in kind:
         item = value[part.name]
         if item is None and not pyarrow.types.is_null(part.type):
-            found.append(part.name)
+            found.add(f"{name}.{part.name}")
         else:
-            kept[part.name] = _restored(item, part.type, found)
+            kept[part.name] = _restored(item, part.type, f"{name}.{part.name}", found)
     return kept

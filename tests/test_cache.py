@@ -13,7 +13,7 @@ import pytest
 
 import src.cache
 import src.preparation
-from config.schema import DataConfig, SourceConfig
+from config.schema import ContractConfig, DataConfig, SourceConfig
 from src.cache import cache_key, load_rows, prepared, read_account
 from src.data import build_datasets
 from src.formats import row_converter
@@ -51,12 +51,17 @@ def test_every_field_that_changes_rows_changes_the_key(tmp_path):
     config, tokenizer = DataConfig(train=(write(tmp_path / "a.jsonl", 3),), max_length=64), toy_tokenizer()
     first = key(config, tokenizer)
     assert key(config, toy_tokenizer()) == first
-    for name, value in {"workers": 2, "cache_folder": "elsewhere", "packing": False}.items():
+    for name, value in {
+        "workers": 2,
+        "cache_folder": "elsewhere",
+        "packing": False,
+        "contract": ContractConfig(too_long=1.0),
+    }.items():
         assert key(dataclasses.replace(config, **{name: value}), tokenizer) == first
     changed = [key(dataclasses.replace(config, **{name: value}), tokenizer) for name, value in CHANGES.items()]
     changed.append(key(dataclasses.replace(config, eval=config.train), tokenizer))
     assert len({first, *changed}) == len(CHANGES) + 2
-    untouched = {"train", "workers", "cache_folder", "packing"}
+    untouched = {"train", "workers", "cache_folder", "packing", "contract"}
     assert {field.name for field in dataclasses.fields(DataConfig)} <= {*CHANGES, "eval", *untouched}
 
 

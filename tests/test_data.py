@@ -163,9 +163,10 @@ def test_impossible_configs_are_errors(tmp_path, tokenizer):
         build_datasets(DataConfig(train=(source,)), tokenizer, context_length=1024)
 
 
-def test_rows_without_an_answer_are_an_error_only_if_answers_are_supervised(tmp_path, tokenizer):
+def test_rows_without_an_answer_are_refused_only_if_answers_are_supervised(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
-    with pytest.raises(UserError, match=r"1 of 1 rows of .*a\.jsonl line 1; remove them, or set data\.supervise=all"):
+    message = r"no train row is left: \{'refused: masked': 1\}\n.*\n- masked: 1 of 1 rows .*or set data\.supervise=all$"
+    with pytest.raises(UserError, match=message):
         build_datasets(DataConfig(train=(source,), max_length=64), tokenizer)
     assert len(build_datasets(DataConfig(train=(source,), max_length=64, supervise="all"), tokenizer).train) == 1
 
@@ -273,7 +274,7 @@ def test_equal_rows_are_counted(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl", dialogs("bcbb"))
     report = build_datasets(DataConfig(train=(source,), max_length=64), tokenizer).report["train"]
     assert report["duplicated"] == 2
-    assert [place.rsplit("/")[-1] for place in report["sources"][0]["examples"]["duplicated"]] == [
+    assert [place.rsplit("/")[-1] for place in report["sources"][0]["examples"]["duplicates"]] == [
         "a.jsonl line 3",
         "a.jsonl line 4",
     ]

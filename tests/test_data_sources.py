@@ -27,8 +27,10 @@ def test_a_row_of_the_eval_sources_is_left_out_of_training_and_told(tmp_path, to
     data = build_datasets(DataConfig(train=(train,), eval=(held_out,), max_length=64), tokenizer)
     assert answers_of(data.train, tokenizer) == ["a", "c"]
     assert data.report["train"]["sources"][0]["rows_in_train_and_eval"] == 2
-    assert "2 rows of" in caplog.text
-    assert "stand in data.eval too; they are left out of training" in caplog.text
+    assert "2 left out that stand in data.eval too" in caplog.text
+    [found] = data.findings
+    assert (found.check, found.rows, found.of_rows) == ("leak", 2, 4)
+    assert found.named() == "line 2, line 4"
 
 
 def chat(question, answer):

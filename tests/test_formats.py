@@ -6,7 +6,8 @@ import pytest
 
 from config.schema import SourceConfig
 from src.files import Row
-from src.formats import Conversation, IdsRow, TextRow, detect_format, require_assistant_turns, row_converter
+from src.formats import IdsRow, TextRow, detect_format, row_converter
+from src.refusal import Refusal
 from src.sources import SourceRows, open_source
 from tests.toy_tokenizer import shared_file
 from utils.errors import UserError
@@ -178,10 +179,54 @@ def test_a_bad_row_is_named(values, message):
         only_row(values)
 
 
-def test_rows_without_an_assistant_turn_are_counted_and_the_first_named():
-    rows = [Conversation(tuple(CHAT[: 1 + (n == 2)]), f"d.jsonl line {n}") for n in range(1, 7)]
-    with pytest.raises(UserError, match=r"5 of 6 rows of d have no assistant turn.*line 1, .*line 3, .*line 4 \.\.\.;"):
-        require_assistant_turns(rows, "d")
+ODD = (
+    None,
+    True,
+    5,
+    1.5,
+    "",
+    "x",
+    "[",
+    "[1]",
+    "{}",
+    [],
+    {},
+    [5],
+    [None],
+    [[]],
+    [{}],
+    [{"role": 1}],
+    {"a": [1]},
+    [[1, 2]],
+)
+"""Values that some column of some format does not allow."""
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": CHAT},
+        {"conversations": SHAREGPT},
+        {"prompt": "hi", "completion": "Hello."},
+        {"question": "hi", "answer": "Hello."},
+        {"instruction": "hi", "output": "Hello.", "input": "", "history": []},
+        {"text": "Once."},
+        {"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_row_that_is_not_what_its_format_says_is_refused_and_never_ends_the_run(values):
+    convert = row_converter(source(values))
+    assert not isinstance(convert.checked(Row("d.jsonl line 1", values)), Refusal)
+    refused = 0
+    for column in (*convert.columns(), "system", "tools"):
+        for odd in ODD:
+            read = convert.checked(Row("d.jsonl line 7", {**values, column: odd}))
+            if isinstance(read, Refusal):
+                refused += 1
+                assert (read.origin, read.kind) == ("d.jsonl line 7", "malformed")
+                assert "line 7" in read.reason
+    assert refused >= 10
 
 
 def test_turns_that_are_not_to_be_trained_keep_their_place_behind_a_system_column():
@@ -189,8 +234,6 @@ def test_turns_that_are_not_to_be_trained_keep_their_place_behind_a_system_colum
     row = only_row({"messages": turns, "system": "S."})
     assert row.untrained == (4,)
     assert row.messages[4] == {"role": "assistant", "content": "No."}
-    with pytest.raises(UserError, match=r"1 of 1 rows of d have no assistant turn"):
-        require_assistant_turns([only_row({"messages": turns[2:]})], "d")
 
 
 @pytest.mark.parametrize(
