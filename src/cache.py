@@ -15,7 +15,6 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import re
 import shutil
@@ -173,8 +172,8 @@ class ShardWriter:
             self._tables[side] = pyarrow.ipc.new_stream(str(self.folder / f"{side}.arrow"), SCHEMA)
         offsets = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum([len(row.input_ids) for row in rows], out=offsets[1:])
-        ids = _flat([row.input_ids for row in rows], offsets[-1])
-        labels = _flat([row.labels for row in rows], offsets[-1])
+        ids = np.concatenate([row.input_ids for row in rows])
+        labels = np.concatenate([row.labels for row in rows])
         counted = np.add.reduceat(labels != IGNORED, offsets[:-1])
         assert counted.all(), f"{rows[int(counted.argmin())].origin}: a row without supervised tokens"
         assert ((labels == ids) | (labels == IGNORED)).all(), "a label is not the id of its own token"
@@ -189,10 +188,6 @@ class ShardWriter:
         sizes = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
         (self.folder / ACCOUNT).write_text(json.dumps(account | {"bytes": sizes}), encoding="utf-8")
         sync(self.folder)
-
-
-def _flat(lists: Sequence[Sequence[int]], count: int) -> np.ndarray:
-    return np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=count)
 
 
 def read_account(shard: Path) -> dict[str, Any] | None:

@@ -14,26 +14,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from src.refusal import Refusal, RowRefusedError
-
-
-@dataclass(frozen=True)
-class JoinedEncoding:
-    """Ids with the characters that each stands for, put together from the encodings of consecutive parts."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-    def char_to_token(self, position: int) -> int | None:
-        """The first token that holds a character; None: none does."""
-        last = bisect_right(self.offsets, (position, float("inf"))) - 1
-        holding = None
-        while last >= 0 and self.offsets[last][1] > position:  # bytes of one character share its offsets
-            holding, last = last, last - 1
-        return holding
-
-    def token_to_chars(self, token: int) -> tuple[int, int]:
-        """The characters that a token stands for."""
-        return self.offsets[token]
+from src.token_spans import OffsetTokens, Stretch
 
 
 @dataclass(frozen=True)
@@ -62,7 +43,7 @@ class ContentEncoder:
 
     def encode(
         self, text: str, contents: Sequence[tuple[int, int]], special_token: re.Pattern[str], origin: str
-    ) -> JoinedEncoding:
+    ) -> OffsetTokens:
         """Encode a rendered conversation.
 
         Args:
@@ -80,7 +61,7 @@ class ContentEncoder:
             raise RowRefusedError(Refusal(origin, "unaligned", reason))
         starts = [start for start, _ in contents]
         ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
+        offsets: list[Stretch] = []
         position, after_strip = 0, False
         while True:
             found = self._next_of_template(text, position, contents, starts, special_token)
@@ -96,7 +77,7 @@ class ContentEncoder:
             ids += encoded.ids
             offsets += [(position + start, position + end) for start, end in encoded.offsets]
             if found is None:
-                return JoinedEncoding(ids, offsets)
+                return OffsetTokens.at(ids, offsets)
             ids.append(number)
             offsets.append(found.span())
             position, after_strip = found.end(), token.rstrip

@@ -7,6 +7,7 @@ rows = checker.checked([IdsRow((1, 5, 2), (-100, 5, 2), "rows.parquet row 1")]) 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from src.chat import CALL_STOPS, ChatTemplate
@@ -46,7 +47,7 @@ class IdsChecker:
 
     def checked(self, rows: Sequence[IdsRow]) -> list[TokenRow | Refusal]:
         """A token row for each, or why it cannot be trained on."""
-        return [self._refusal(row) or TokenRow(list(row.input_ids), list(row.labels), row.origin) for row in rows]
+        return [self._refusal(row) or _token_row(row) for row in rows]
 
     def _refusal(self, row: IdsRow) -> Refusal | None:
         def refused(kind: Kind, found: str) -> Refusal:
@@ -80,6 +81,10 @@ class IdsChecker:
             if label != IGNORED and following == IGNORED and label not in self.stop_ids:
                 return at
         return None
+
+
+def _token_row(row: IdsRow) -> TokenRow:
+    return TokenRow(np.array(row.input_ids, dtype=np.int32), np.array(row.labels, dtype=np.int32), row.origin)
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, set[str]]]:

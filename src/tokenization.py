@@ -10,26 +10,30 @@ span and for no others, and the last of them is a stop token; a row is checked f
 """
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig
 from src.alignment import RenderedChat, TurnFinder, without_stop
 from src.chat import ChatTemplate
-from src.content import ContentEncoder, JoinedEncoding
+from src.content import ContentEncoder
 from src.formats import Conversation, TextRow
 from src.refusal import Kind, Refusal, RowRefusedError
+from src.token_bytes import TokenBytes
+from src.token_spans import ByteTokens, OffsetTokens, TokenSpan
 from utils.errors import UserError
 
 IGNORED = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenRow:
-    """One row: `labels` is as long as `input_ids`.
+    """One row: `input_ids` and `labels` are int32 arrays of one length, which may be views of a batch's.
 
     `piece` counts a text's pieces from 0, and is 0 for a conversation; `joined_turns` counts the turns whose first
     white space is not supervised, because the tokenizer joins it with the template's own. `unlike_served` and
@@ -37,8 +41,8 @@ class TokenRow:
     a special token.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: np.ndarray
+    labels: np.ndarray
     origin: str
     piece: int = 0
     joined_turns: int = 0
@@ -48,7 +52,7 @@ class TokenRow:
 
     def supervised_tokens(self) -> int:
         """The number of tokens that the loss counts."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        return int(np.count_nonzero(self.labels != IGNORED))
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class RowEncoder:
         """One row a conversation, uncut, each supervised span checked; or why it cannot be trained on exactly."""
         chats = self.finder.find(conversations)
         texts = [chat.text for chat in chats if not isinstance(chat, Refusal)]
-        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        encoded = iter(self._encoded(texts))
         begins_with_bos = bool(self.bos_ids())
         rows: list[TokenRow | Refusal] = []
         checked = False
@@ -113,32 +117,52 @@ class RowEncoder:
             if isinstance(chat, Refusal):
                 rows.append(chat)
                 continue
-            encoding = next(encodings)
+            tokens = next(encoded)
             if not checked:
-                self._check_against_tokenizer(conversation, encoding.ids)
+                self._check_against_tokenizer(conversation, tokens.ids.tolist())
                 checked = True
             try:
                 if self.supervise == "all":
                     self._check_final_stop(conversation, chat.text)
-                self._check_bos(encoding.ids, conversation.origin, begins_with_bos)
-                rows.append(self._row(conversation, chat, encoding))
+                self._check_bos(tokens.ids[:2].tolist(), conversation.origin, begins_with_bos)
+                rows.append(self._row(conversation, chat, tokens))
             except RowRefusedError as error:
                 rows.append(error.refusal)
         return rows
 
-    def _row(self, conversation: Conversation, chat: RenderedChat, encoding: tokenizers.Encoding) -> TokenRow:
+    @functools.cached_property
+    def _token_bytes(self) -> TokenBytes | None:
+        return TokenBytes.of(self.backend)
+
+    def _encoded(self, texts: Sequence[str]) -> list[ByteTokens | OffsetTokens]:
+        """The tokens of texts; the first one tells whether offsets are needed for all, else only some texts do."""
+        table = self._token_bytes if texts else None
+        if table is None or table.place(texts[:1], self._ids(texts[:1])) == [None]:
+            return self._with_offsets(texts)
+        placed = table.place(texts, self._ids(texts))
+        others = [index for index, tokens in enumerate(placed) if tokens is None]
+        for index, tokens in zip(others, self._with_offsets([texts[index] for index in others]), strict=True):
+            placed[index] = tokens
+        return placed
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _with_offsets(self, texts: Sequence[str]) -> list[OffsetTokens]:
+        return [OffsetTokens.of(encoding) for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def _row(self, conversation: Conversation, chat: RenderedChat, tokens: ByteTokens | OffsetTokens) -> TokenRow:
         origin = conversation.origin
         if chat.contents and self.content is not None:
-            encoding = self.content.encode(chat.text, chat.contents, self.template.special_token, origin)
-        ids = encoding.ids
+            tokens = self.content.encode(chat.text, chat.contents, self.template.special_token, origin)
+        ids = tokens.ids
         joined = 0
         if self.supervise == "all":
-            labels = [IGNORED, *ids[1:]]
+            labels = ids.copy()
         else:
-            labels = [IGNORED] * len(ids)
-            for span in chat.spans:
-                first, end, cut = _token_span(encoding, chat.text, span, origin)
-                if ids[end - 1] not in self.template.stop_ids:
+            labels = np.full(len(ids), IGNORED, dtype=np.int32)
+            for (first, end, cut), span in zip(self._spans(tokens, chat, origin), chat.spans, strict=True):
+                if int(ids[end - 1]) not in self.template.stop_ids:
                     raise _refused(
                         origin,
                         "untrained_stop",
@@ -147,7 +171,7 @@ class RowEncoder:
                     )
                 labels[first:end] = ids[first:end]
                 joined += cut
-            labels[0] = IGNORED
+        labels[:1] = IGNORED
         return TokenRow(
             ids,
             labels,
@@ -158,22 +182,31 @@ class RowEncoder:
             special_text=bool(chat.contents),
         )
 
-    def _check_bos(self, ids: Sequence[int], origin: str, begins_with_bos: bool) -> None:
+    def _spans(self, tokens: ByteTokens | OffsetTokens, chat: RenderedChat, origin: str) -> list[TokenSpan]:
+        if isinstance(tokens, ByteTokens):
+            spans = tokens.spans(chat.text, chat.spans)
+            if spans is not None:
+                return spans
+            [tokens] = self._with_offsets([chat.text])
+        return tokens.spans(chat.text, chat.spans, origin)
+
+    def _check_bos(self, start: list[int], origin: str, begins_with_bos: bool) -> None:
         """
         Args:
+            start: the row's first two ids.
             begins_with_bos: whether the tokenizer puts BOS before plain text.
         Raises:
             RowRefusedError: a row begins with BOS twice, or without the BOS that the model knows from other texts.
         """
         bos = self.tokenizer.bos_token
-        if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
+        if self.bos_id is not None and start == [self.bos_id, self.bos_id]:
             raise _refused(
                 origin,
                 "doubled_bos",
                 f"the chat template writes {bos} twice at the start; take one of them out of the template, and give it "
                 "as model.chat_template",
             )
-        if begins_with_bos and ids[:1] != [self.bos_id]:
+        if begins_with_bos and start[:1] != [self.bos_id]:
             raise _refused(
                 origin,
                 "missing_bos",
@@ -201,9 +234,7 @@ class RowEncoder:
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         room = max_length - len(bos)
         rows = []
-        encodings = self.backend.encode_batch([row.text for row in texts], add_special_tokens=False)
-        for row, encoding in zip(texts, encodings, strict=True):
-            body = encoding.ids
+        for row, body in zip(texts, self._ids([row.text for row in texts]), strict=True):
             if bos and body[:1] == bos:
                 body = body[1:]
             last = max(1, -(-len(body) // room))  # EOS alone is no piece: a text that fills its last one ends there
@@ -211,7 +242,7 @@ class RowEncoder:
                 ids = bos + body[piece * room : (piece + 1) * room]
                 if piece == last - 1 and len(ids) < max_length:
                     ids = ids + eos
-                rows.append(TokenRow(ids, [IGNORED, *ids[1:]], row.origin, piece))
+                rows.append(supervised_row(ids, row.origin, piece))
         return rows
 
     def bos_ids(self) -> list[int]:
@@ -220,39 +251,13 @@ class RowEncoder:
         return bos if self.tokenizer("a")["input_ids"][:1] == bos else []
 
 
+def supervised_row(ids: Sequence[int], origin: str, piece: int = 0) -> TokenRow:
+    """A row of which every token but the first is supervised."""
+    labels = np.array(ids, dtype=np.int32)
+    row = TokenRow(labels.copy(), labels, origin, piece)
+    labels[:1] = IGNORED
+    return row
+
+
 def _refused(origin: str, kind: Kind, found: str) -> RowRefusedError:
     return RowRefusedError(Refusal(origin, kind, f"{origin}: {found}"))
-
-
-def _token_span(
-    encoding: tokenizers.Encoding | JoinedEncoding, text: str, span: tuple[int, int], origin: str
-) -> tuple[int, int, bool]:
-    """The tokens that lie within the characters of `span`, as first and end, and whether the first one was left out.
-
-    A token that begins before the span is left out, though it reaches into it: when the model serves, its first part is
-    already in the prompt. That happens where content begins with white space that joins the template's own.
-
-    Raises:
-        RowRefusedError: the last token reaches beyond the span.
-    """
-    start, end = span
-    first = encoding.char_to_token(start)
-    while first is None and start < end:  # a character that the tokenizer drops
-        start += 1
-        first = encoding.char_to_token(start)
-    last = encoding.char_to_token(end - 1)
-    assert first is not None, f"{origin}: no token stands for a supervised span"
-    assert last is not None, f"{origin}: no token stands for a stop token"
-    joined = encoding.token_to_chars(first)[0] < start
-    if joined:
-        while encoding.token_to_chars(first)[0] < start:
-            first += 1
-    reach = encoding.token_to_chars(last)[1]
-    if reach > end and text[end:reach].strip():
-        raise _refused(
-            origin,
-            "untrained_stop",
-            f"the tokenizer joins the end of {text[start:end][-40:]!r} with what the chat template writes after it; "
-            "name its stop token in model.special_tokens",
-        )
-    return first, last + 1, joined
