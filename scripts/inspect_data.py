@@ -3,6 +3,7 @@
 python scripts/inspect_data.py --config config/smol.py
 python scripts/inspect_data.py --config config/smol.py --rows 10 --data.max_length 512
 python scripts/inspect_data.py --config config/smol.py --longest --side eval
+python scripts/inspect_data.py --config config/smol.py --html data.html
 
 Supervised text is green on a terminal, and stands in [[double brackets]] elsewhere or where NO_COLOR is set. The text
 is decoded from the very token ids and labels that training gets. Any field of the recipe can be overridden, as for
@@ -21,15 +22,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.loader import ConfigError, read_command_line
 from scripts.inspecting.choice import Choice, sides_of
+from scripts.inspecting.page import page, page_data
 from scripts.inspecting.terminal import bracketed, coloured, without_controls
 from src.data import TokenizedData, build_datasets
 from src.model import load_tokenizer
 from src.view import RowViewer
 from utils.errors import UserError
+from utils.files import write_text
 from utils.logging import set_up_logging
 
 ROWS = 3
-"""Rows of each side that are shown unless --rows says otherwise."""
+"""Rows of each side on a terminal, unless --rows says otherwise."""
+
+ROWS_OF_A_PAGE = 10_000
+"""Rows of each side on a page, unless --rows says otherwise: a browser is quick with as many."""
 
 
 def _count(text: str) -> int:
@@ -46,12 +52,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, help="recipe, a .py or .yaml file")
     parser.add_argument("--side", choices=("train", "eval"), help="only this side (default: both; for --row train)")
-    parser.add_argument("--rows", type=_count, default=ROWS, help="rows shown of each side (default: %(default)s)")
+    parser.add_argument(
+        "--rows",
+        type=_count,
+        help=f"rows shown of each side (default: {ROWS}, on a page {ROWS_OF_A_PAGE:,})",
+    )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--row", type=_count, metavar="N", help="only the row of this number, from 0")
     choice.add_argument("--refused", action="store_true", help="the rows that are left out or cut, with the reasons")
     choice.add_argument("--longest", action="store_true", help="the longest rows instead of the first")
     choice.add_argument("--sample", type=_count, metavar="K", help="K rows of each side, chosen by data.seed")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser instead, in one file")
     return parser
 
 
@@ -91,24 +102,39 @@ def _account(data: TokenizedData) -> Iterator[str]:
             )
 
 
+def _write(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"--html {path} cannot be written ({error}); give a file in a folder that exists") from error
+
+
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = read_command_line(["--config", arguments.config, *overrides]).config
     tokenizer = load_tokenizer(config.model)
     data = build_datasets(config.data, tokenizer)
     side = "train" if arguments.row is not None and arguments.side is None else arguments.side
+    default = ROWS if arguments.html is None else ROWS_OF_A_PAGE
     choice = Choice(
         sides_of(data, side),
-        rows=arguments.rows,
+        rows=0 if arguments.refused else default if arguments.rows is None else arguments.rows,
         row=arguments.row,
         sample=arguments.sample,
         longest=arguments.longest,
         seed=config.data.seed,
     )
-    if arguments.refused:
+    account = list(_account(data))
+    if arguments.html is not None:
+        content = page_data(
+            data, choice, RowViewer(tokenizer), recipe=arguments.config, config=config.data, account=account
+        )
+        _write(arguments.html, page(content))
+        print(f"{arguments.html}: {len(content['rows']):,} rows, to be opened in a browser")
+    elif arguments.refused:
         _show_left_out(data, side)
     else:
         _show_rows(choice, RowViewer(tokenizer))
-    print("\n".join(_account(data)))
+    print("\n".join(account))
 
 
 def main() -> int:
