@@ -8,6 +8,7 @@ python train.py --help
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
@@ -25,10 +26,12 @@ other process alone has met, such as a file that is missing on its machine, it s
 def train(command: CommandLine) -> None:
     """Recipe -> run -> data -> model -> trainer -> result -> Hub."""
     # torch and its company take seconds to import: only once the recipe is known to be right.
+    import torch
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
     from src.adapters import add_adapter, count_parameters
+    from src.attention_choice import prove_attention
     from src.callbacks import Answers, MetricsFile, Progress
     from src.contract import enforce
     from src.data import build_datasets, token_folder
@@ -69,10 +72,17 @@ def train(command: CommandLine) -> None:
         cache_folder=token_folder(config.data, config.output),
     )
     enforce(data.findings)
-    train_packs = PackedRows.of(data.train, config.data)
-    eval_packs = PackedRows.of(data.eval, config.data) if data.eval else None
     set_seed(config.training.seed)
-    model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.kind == "none")
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    model = load_model(
+        config.model, settings, tokenizer, trains_all=config.adapter.kind == "none", autocasts=autocast is not None
+    )
+    packing = prove_attention(
+        model, config.model.attention, packing=config.data.packing, device=args.device, autocast=autocast
+    )
+    packs_config = replace(config.data, packing=packing)
+    train_packs = PackedRows.of(data.train, packs_config)
+    eval_packs = PackedRows.of(data.eval, packs_config) if data.eval else None
     if config.training.gradient_checkpointing:
         recompute_activations(model)
     model = add_adapter(model, config.adapter, revision=config.model.revision)

@@ -43,8 +43,18 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Number format the weights are held in. `auto`: float32 where all weights train, else the checkpoint's own."""
 
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Attention implementation, by its transformers name. `auto`: transformers' own choice, `sdpa` for most models."""
+    attention: Literal[
+        "auto",
+        "documents",
+        "sdpa",
+        "eager",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flex_attention",
+    ] = "auto"
+    """Attention implementation: `documents`, which attends in each row of a pack alone and needs no extra package, or a
+    transformers name. `auto`: `documents` where it serves the model and the device, else the fastest that does."""
 
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     """bitsandbytes format of the frozen weights: 4-bit (`nf4`, `fp4`) or 8-bit (`int8`). Needs an adapter."""

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import modeling_utils
 
+from src.attention import border_arguments
 from src.packing import IGNORED
 
 _KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")  # a (B, L) mask as `logits_to_keep`
@@ -32,7 +33,8 @@ def supervised_nll(
 
     Args:
         model: a causal language model, wrapped or not.
-        batch: `input_ids`, `labels` (-100 where not supervised) and `position_ids`, each (B, L).
+        batch: `input_ids`, `labels` (-100 where not supervised) and `position_ids`, each (B, L); with
+            `longest_document` in it, attention is told that and `document_borders`.
         keep_by_mask: whether the model takes a (B, L) mask, which keeps exactly the supervised positions. Otherwise
             those that any row supervises are kept for all rows.
     Returns:
@@ -49,9 +51,10 @@ def supervised_nll(
         kept = keep_BL.any(dim=0).nonzero()[:, 0]
         targets_K = targets_BL[:, kept].flatten()
         rows_K = torch.arange(len(targets_BL), device=kept.device).repeat_interleave(len(kept))
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=kept
-    ).logits
+    places = {"position_ids": batch["position_ids"]}
+    if "longest_document" in batch:
+        places |= border_arguments(batch["document_borders"], batch["longest_document"])
+    logits = model(input_ids=batch["input_ids"], **places, use_cache=False, logits_to_keep=kept).logits
     logits_KV = logits.flatten(end_dim=-2)
     if logits_KV.dtype in (torch.float16, torch.bfloat16):
         logits_KV = logits_KV.float()

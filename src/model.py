@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from config.schema import ModelConfig
+from src.attention import DOCUMENTS
+from src.attention_choice import use_attention
 from src.generation import set_stops
 from utils.distributed import accelerator_name
 from utils.errors import UserError
@@ -174,20 +176,27 @@ def _own_size(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> int:
 
 
 def load_model(
-    config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, trains_all: bool
+    config: ModelConfig,
+    settings: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trains_all: bool,
+    autocasts: bool = True,
 ) -> PreTrainedModel:
     """The model of a run, on the CPU unless it is quantized, with embeddings for every token of the tokenizer.
 
     Args:
         settings: from `load_settings`.
         trains_all: whether every weight trains, for which `auto` means float32.
+        autocasts: whether float32 weights train under autocast, which flash-attention needs of them.
     Raises:
         UserError: files or weights are missing, or the attention or quantization is not to be had here.
     """
     if config.attention == "flex_attention" and accelerator_name() == "cpu":
         raise UserError("model.attention=flex_attention has no backward pass on a CPU; use auto or sdpa")
     dtype = config.dtype if config.dtype != "auto" or not trains_all else "float32"
-    options: dict[str, Any] = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    later = config.attention in ("auto", DOCUMENTS)  # once the model is there to be asked what it needs
+    options: dict[str, Any] = {} if later else {"attn_implementation": config.attention}
     try:
         if config.path is None:
             dtype = getattr(torch, "float32" if dtype == "auto" else dtype)
@@ -201,6 +210,7 @@ def load_model(
         ) from error
     except KeyError as error:
         raise UserError(f"the model's config names {error}, which transformers does not have; correct it") from error
+    use_attention(model, config.attention, autocasts=autocasts)
     needed, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if needed > rows:
         log.info("embeddings grow from %d to %d rows for tokens that are new to the checkpoint", rows, needed)

@@ -190,16 +190,18 @@ class PackCollator:
 
     pad_token_id: int
     flat: bool = False
-    """Whether packs stand end to end in one row without padding, the only form in which flash-attention keeps to the
-    borders that positions give."""
+    """Whether packs stand end to end in one row without padding, for attention that takes borders."""
+    tells_longest: bool = False
+    """Whether attention is told the borders, for which the batch holds the length of its longest document too."""
 
-    def __call__(self, packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def __call__(self, packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor | int]:
         """
         Returns:
             `input_ids`, `labels`, `position_ids`: int64 tensors of shape (B, L), or (1, tokens) if `flat`; and
             `document_borders`: int32, (documents + 1,), where in all rows of the batch, one after the other, each
             document starts, and then their end. It is what variable-length attention calls `cu_seqlens`. Padding
-            belongs to the last document before it.
+            belongs to the last document before it. With `tells_longest` also `longest_document`: its tokens, as a
+            number of the host.
         """
         tokens = [len(pack["input_ids"]) for pack in packs]
         shape = (1, sum(tokens)) if self.flat else (len(packs), max(tokens))
@@ -212,9 +214,11 @@ class PackCollator:
         documents = [start + np.cumsum([0, *pack["lengths"][:-1]]) for pack, start in zip(packs, starts, strict=True)]
         borders = np.concatenate([*documents, [input_ids.size]])
         position_ids = np.arange(input_ids.size) - np.repeat(borders[:-1], np.diff(borders))
+        longest = {"longest_document": int(np.diff(borders).max())} if self.tells_longest else {}
         return {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(position_ids.reshape(shape)),
             "document_borders": torch.from_numpy(borders.astype(np.int32)),
+            **longest,
         }

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
-from src.attention import check_documents_apart
+from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
 from src.loss import next_token_targets, supervised_nll
 from src.packing import IGNORED, PackCollator, PackedRows
@@ -177,13 +177,15 @@ class SFTTrainer(Trainer):
         Raises:
             UserError: several GPUs are visible to one process.
         """
+        told = takes_borders(model)
         flat = model.config._attn_implementation.startswith("flash")
         if flat:
             args.per_device_eval_batch_size = 1  # so that a row of figures still stands for one pack
+        self._eval_collator = PackCollator(tokenizer.pad_token_id, flat=flat, tells_longest=told)
         super().__init__(
             model=model,
             args=args,
-            data_collator=PackCollator(tokenizer.pad_token_id, flat=flat),
+            data_collator=PackCollator(tokenizer.pad_token_id, flat=told, tells_longest=told),
             train_dataset=train_packs,
             eval_dataset=eval_packs,
             processing_class=tokenizer,
@@ -247,6 +249,16 @@ class SFTTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # else each iterator draws from the generator that dropout is drawn from
         )
+
+    def get_eval_dataloader(self, eval_dataset: PackedRows | None = None) -> DataLoader:
+        """Batches of packs that stay rows of their own, as each has its own figures."""
+        loader = DataLoader(
+            eval_dataset or self.eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self._eval_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

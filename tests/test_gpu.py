@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from config.schema import AdapterConfig
 from src.adapters import add_adapter
-from src.attention import check_documents_apart
+from src.attention_choice import check_documents_apart
 from src.loss import supervised_nll
 from src.model import recompute_activations
 from src.packing import IGNORED, PackCollator, PackedRows
