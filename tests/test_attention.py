@@ -61,6 +61,25 @@ ARCHITECTURES = {
 every_architecture = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
 
+class Warnings(logging.Handler):
+    """Messages of the module that chooses attention, whatever other tests have done to logging."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.told = []
+
+    def emit(self, record):
+        self.told.append(record.getMessage())
+
+
+@pytest.fixture
+def told():
+    handler, logger = Warnings(), logging.getLogger("smolfactory.src.attention_choice")
+    logger.addHandler(handler)
+    yield handler.told
+    logger.removeHandler(handler)
+
+
 def eager_and_documents(config):
     """One model twice: with eager attention on a config of its own, and with attention in documents."""
     torch.manual_seed(0)
@@ -273,14 +292,13 @@ def short_convolutions():
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_an_architecture_that_carries_documents_into_each_other_is_not_packed(caplog):
+def test_an_architecture_that_carries_documents_into_each_other_is_not_packed(told):
     model = short_convolutions()
     use_attention(model, "auto")
-    with caplog.at_level(logging.WARNING):
-        assert not prove_attention(model, "auto", packing=True, device=CPU, autocast=None)
-    [told] = [record.message for record in caplog.records if "src.attention_choice" in record.name]
-    assert "rows do not share packs, as Lfm2ForCausalLM cannot keep them apart: packed logits differ" in told
-    assert "padded to its longest row" in told
+    assert not prove_attention(model, "auto", packing=True, device=CPU, autocast=None)
+    [warning] = told
+    assert "rows do not share packs, as Lfm2ForCausalLM cannot keep them apart: packed logits differ" in warning
+    assert "padded to its longest row" in warning
     assert model.training
 
 
@@ -293,12 +311,11 @@ def test_an_attention_asked_for_by_name_that_cannot_keep_documents_apart_is_an_e
 
 @every_architecture
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_the_probe_passes_what_keeps_documents_apart(config, autocast, caplog):
+def test_the_probe_passes_what_keeps_documents_apart(config, autocast, told):
     _, model = eager_and_documents(config)
-    with caplog.at_level(logging.WARNING):
-        assert prove_attention(model, "auto", packing=True, device=CPU, autocast=autocast)
+    assert prove_attention(model, "auto", packing=True, device=CPU, autocast=autocast)
     assert not prove_attention(model, "auto", packing=False, device=CPU, autocast=autocast)
-    assert (model.config._attn_implementation, caplog.records) == (DOCUMENTS, [])
+    assert (model.config._attn_implementation, told) == (DOCUMENTS, [])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", DOCUMENTS])
@@ -309,17 +326,16 @@ def test_the_probe_passes_each_attention_of_llama(attention):
     assert model.training
 
 
-def test_an_attention_that_is_not_what_the_model_means_is_replaced(caplog, monkeypatch):
+def test_an_attention_that_is_not_what_the_model_means_is_replaced(told, monkeypatch):
     # A kernel that loses the window, as one would that is never told of it.
     real = kernels.attend_fused
     monkeypatch.setattr(
         "src.attention.attend_fused", lambda *parts, window, **options: real(*parts, window=None, **options)
     )
     _, model = eager_and_documents(ARCHITECTURES["mistral, window"])
-    with caplog.at_level(logging.WARNING):
-        assert prove_attention(model, "auto", packing=True, device=CPU, autocast=None)
+    assert prove_attention(model, "auto", packing=True, device=CPU, autocast=None)
     assert model.config._attn_implementation == "sdpa"
-    assert "attention: sdpa instead of documents: its logits are off by" in caplog.records[0].message
+    assert "attention: sdpa instead of documents: its logits are off by" in told[0]
 
 
 def test_the_saved_model_names_no_attention_of_this_project(tmp_path):
