@@ -244,6 +244,10 @@ class DataConfig:
     """Folder where prepared token rows are kept, for runs with the same rows, tokenizer and settings. None: `.data` in
     output.folder. It can be deleted at any time between runs."""
 
+    cache_gib: float | None = _limited(32.0, gt=0)
+    """Most GiB that prepared token rows may take in the cache folder, above 0. Where there are more, those not used for
+    the longest time are removed, but never this run's own, nor any that another run reads. None: no limit."""
+
     workers: int | None = _limited(None, ge=1)
     """Processes that tokenize, at least 1. None: one, which already uses every core through the tokenizer's threads."""
 

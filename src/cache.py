@@ -1,7 +1,7 @@
 """Token rows on disk: written in shards, found again by what they were made of, and read without being loaded.
 
     key = cache_key(config, tokenizer, sources)
-    folder = prepared(cache / key, prepare)          # prepare(folder) runs in one process at most, the others wait
+    use = prepared(folder := cache / key, prepare)   # prepare(folder) runs in one process at most, the others wait
     with whole_folder(folder / shard_name(0, 0)) as shard:
         with ShardWriter(shard) as writer:
             writer.write("train", rows)
@@ -11,11 +11,10 @@ A shard is a folder that appears whole, under its own name; `account.json` in it
 whose files are not is made again. So a process that is killed loses the shard it was at.
 """
 
-import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import time
@@ -32,7 +31,8 @@ from transformers import PreTrainedTokenizerBase
 from config.schema import DataConfig
 from src.sources import SourceRows
 from src.tokenization import IGNORED, TokenRow
-from utils.files import sha256_of_file, sync, write_json
+from utils.files import sync, write_json
+from utils.locks import Lock
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -41,14 +41,23 @@ IDS = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema([("input_ids", IDS), ("labels", IDS), ("origin", pyarrow.string())])
 ACCOUNT = "account.json"
 COMPLETE = "complete.json"
+IN_USE = "in_use"
+"""File in a prepared folder that whoever uses it holds locked, shared; its time is that of the last use."""
+
 POLL_S = 0.2
 """Seconds between two looks at whether another process is done."""
 
-NO_MATTER = frozenset({"workers", "cache_folder", "packing", "contract"})
-"""Fields of DataConfig that change no token row; every other one is in the key."""
+NO_MATTER = frozenset({"workers", "cache_folder", "cache_gib", "packing", "seed", "contract"})
+"""Fields of DataConfig that change no token row, or only the order in which rows are taken; every other one is in the
+key."""
+
+NO_MATTER_OF_SOURCE = frozenset({"epochs", "weight"})
+"""The same of SourceConfig."""
 
 IMPORTS = re.compile(r"^\s*(?:from|import) ((?:src|config|utils)\.[\w.]+)", re.MULTILINE)
 """Modules of this project that a source file imports."""
+
+ROOT = Path(__file__).resolve().parent.parent
 
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets")
 
@@ -56,25 +65,33 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets")
 def cache_key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: Sequence[SourceRows]) -> str:
     """32 hexadecimal digits that change with anything which may change a token row.
 
-    That is the content of the sources' files (of a Hub data set or a saved one: its commit or fingerprint), every
-    field of the config but NO_MATTER, the tokenizer with its special tokens and templates, the code of the pipeline
-    and the releases of the libraries that it stands on.
+    That is the content of the sources' files (of a Hub data set: its commit), every field of the config but those
+    that do not matter, the tokenizer with its special tokens and templates, the code of the pipeline and the releases
+    of the libraries that it stands on.
     """
     parts = {
-        "config": {name: value for name, value in asdict(config).items() if name not in NO_MATTER},
+        "config": _what_matters(config),
         "sources": [_content(source) for source in sources],
         "tokenizer": _tokenizer_sha256(tokenizer),
-        "code": _code_sha256(),
+        "code": code_sha256(stages(ROOT)),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _what_matters(config: DataConfig) -> dict[str, Any]:
+    told = {name: value for name, value in asdict(config).items() if name not in NO_MATTER}
+    for source in (*told["train"], *told["eval"]):
+        for name in NO_MATTER_OF_SOURCE:
+            del source[name]
+    return told
+
+
 def _content(source: SourceRows) -> list[Any]:
     """The digests of a source's files, those of a saved data set among them; of a Hub data set its commit."""
     folder = Path(source.path).expanduser()
-    saved = {} if source.files or not folder.is_dir() else {str(file): sha256_of_file(file) for file in _files(folder)}
-    return [source.sha256 | saved, source.revision]
+    saved = [] if source.files or not folder.is_dir() else _files(folder)
+    return [source.sha256 | {str(file): source.digests.sha256(file) for file in saved}, source.revision]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -92,9 +109,8 @@ def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def stages() -> dict[str, bytes]:
-    """The source of this project's modules that `src.data` imports, at first or second hand, and of itself, by name."""
-    root = Path(__file__).resolve().parent.parent
+def stages(root: Path) -> dict[str, bytes]:
+    """The source of the modules below `root` that `src.data` imports, at first or second hand, and its own, by name."""
     found: dict[str, bytes] = {}
     names = ["src.data"]
     while names:
@@ -106,41 +122,60 @@ def stages() -> dict[str, bytes]:
     return found
 
 
-@functools.cache
-def _code_sha256() -> str:
+def code_sha256(modules: dict[str, bytes]) -> str:
+    """The digest of the modules that `stages` found."""
     digest = hashlib.sha256()
-    for name, source in sorted(stages().items()):
+    for name, source in sorted(modules.items()):
         digest.update(f"{name} {len(source)}\n".encode() + source)
     return digest.hexdigest()
 
 
-def prepared(folder: Path, prepare: Callable[[Path], None]) -> Path:
-    """The folder with all that `prepare` writes into it, which one process does while others wait without a time limit.
+def prepared(folder: Path, prepare: Callable[[Path], None]) -> Lock:
+    """Have a folder with all that `prepare` writes into it, which one process does while others wait without a limit.
 
     The system frees the lock of a process that is killed, and the next one goes on from the shards it finds.
 
+    Returns:
+        What keeps the folder from being removed by `src.eviction` until it is released, or this process ends.
     Raises:
         UserError: as `prepare` does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    while (use := _use(folder)) is None:
+        time.sleep(POLL_S)
     told = False
-    with open(folder / "lock", "a", encoding="utf-8") as lock:
+    try:
         while not _is_complete(folder):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not told:
-                    log.info("another process prepares the data in %s; waiting for it", folder)
-                told = True
-                time.sleep(POLL_S)
+            lock = Lock.take(folder / "lock")
+            if lock is not None:
+                with lock:
+                    _complete(folder, prepare)
                 continue
-            if not _is_complete(folder):
-                for unfinished in folder.glob("*/.shard-*"):
-                    shutil.rmtree(unfinished)
-                prepare(folder)
-                shards = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*"))
-                write_json(folder / COMPLETE, {"shards": shards})
-    return folder
+            if not told:
+                log.info("another process prepares the data in %s; waiting for it", folder)
+            told = True
+            time.sleep(POLL_S)
+    except BaseException:
+        use.release()
+        raise
+    os.utime(folder / IN_USE)
+    return use
+
+
+def _use(folder: Path) -> Lock | None:
+    """The lock of those who use a folder, which is made if need be; None while another process removes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Lock.take(folder / IN_USE, shared=True)
+
+
+def _complete(folder: Path, prepare: Callable[[Path], None]) -> None:
+    """Prepare what is missing, unless another process did while this one came to hold the lock."""
+    if _is_complete(folder):
+        return
+    for unfinished in folder.glob("*/.shard-*"):
+        shutil.rmtree(unfinished)
+    prepare(folder)
+    shards = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/shard-*"))
+    write_json(folder / COMPLETE, {"shards": shards})
 
 
 def _is_complete(folder: Path) -> bool:

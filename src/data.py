@@ -25,16 +25,22 @@ from config.schema import DataConfig, OutputConfig, SourceConfig
 from src.accounting import LeftOut, Tally, read_left_out
 from src.cache import cache_key, load_rows, prepared, read_account, shard_name
 from src.contract import ContractError, Finding, findings
+from src.eviction import keep_within
 from src.formats import Conversation, row_converter
 from src.mixing import mixed_order, rows_of_a_pass
 from src.packing import length_percentiles, row_lengths
 from src.preparation import OpenSource, Preparation, content_hash, read_conversations
 from src.sources import open_source
 from src.tokenization import RowEncoder
+from utils.digests import Digests
 from utils.errors import UserError
+from utils.launch import is_first_of_machine
 from utils.logging import get_logger
 
 log = get_logger(__name__)
+
+DIGESTS = "digests.json"
+"""File in the cache folder that remembers what data files hold."""
 
 __all__ = ["TokenizedData", "build_datasets", "content_hash"]
 
@@ -106,8 +112,10 @@ def build_datasets(
             f"data.max_length={config.max_length} exceeds the model's context of {context_length} tokens; lower it to "
             f"{context_length} or less"
         )
-    sources = [_open(source, f"data.eval.{i}", i, "eval") for i, source in enumerate(config.eval)]
-    sources += [_open(source, f"data.train.{i}", len(sources) + i, "train") for i, source in enumerate(config.train)]
+    digests = Digests(cache_folder / DIGESTS if cache_folder else None)
+    given = [(f"data.eval.{i}", source, "eval") for i, source in enumerate(config.eval)]
+    given += [(f"data.train.{i}", source, "train") for i, source in enumerate(config.train)]
+    sources = [_open(source, name, index, side, digests) for index, (name, source, side) in enumerate(given)]
     _check_too_long(config, sources)
     encoder = RowEncoder.of(
         tokenizer,
@@ -122,7 +130,10 @@ def build_datasets(
     temporary = None if cache_folder else Path(tempfile.mkdtemp(prefix="smolfactory-data-"))
     place = (cache_folder or temporary) / key
     try:
-        prepared(place, functools.partial(_prepare, sources=sources, config=config, encoder=encoder))
+        digests.save()
+        use = prepared(place, functools.partial(_prepare, sources=sources, config=config, encoder=encoder))
+        if cache_folder and is_first_of_machine():
+            keep_within(cache_folder, config.cache_gib, keep=place)
         data = _load([_found(place, source) for source in sources], config, encoder)
     except BaseException as error:
         if temporary:
@@ -133,13 +144,14 @@ def build_datasets(
                 "data.cache_folder"
             ) from error
         raise
+    weakref.finalize(data, use.release)
     if temporary:
         weakref.finalize(data, shutil.rmtree, temporary, ignore_errors=True)
     return data
 
 
-def _open(source: SourceConfig, name: str, index: int, side: str) -> OpenSource:
-    found = open_source(source, name)
+def _open(source: SourceConfig, name: str, index: int, side: str, digests: Digests) -> OpenSource:
+    found = open_source(source, name, digests)
     convert = row_converter(found, source.format)
     unused = [column for column in found.columns if column not in convert.columns()]
     log.info(

@@ -139,6 +139,7 @@ class Preparation:
             while rows_read == self.shard_rows:
                 with whole_folder(self._place(source, shard)) as place:
                     rows_read = self._write_shard(place, itertools.islice(encoded, per_shard))
+                    source.found.check_unchanged()
                 shard += 1
 
     def _place(self, source: OpenSource, shard: int) -> Path:

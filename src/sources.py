@@ -25,8 +25,8 @@ from huggingface_hub import HfFileSystem, hf_hub_download
 from config.schema import SourceConfig
 from src.files import COMPRESSIONS, FILE_TYPES, Row, file_rows, file_type, shorten
 from src.tables import data_set_rows
+from utils.digests import Digests
 from utils.errors import UserError
-from utils.files import sha256_of_file
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -51,7 +51,8 @@ class SourceRows:
 
     `name` is the config's name of it, such as `data.train.0`; `head` are its first rows, at most HEAD_ROWS; `columns`
     are those of `head` together, after renaming. `roles` maps names in the file to roles. `files` are the local files,
-    and `revision` is the Hub commit. `read` gives the rows.
+    and `revision` is the Hub commit. `read` gives the rows; `digests` knows what the files held when they were first
+    asked for.
     """
 
     name: str
@@ -62,6 +63,7 @@ class SourceRows:
     roles: dict[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     revision: str | None = None
+    digests: Digests = field(default_factory=Digests)
 
     def __iter__(self) -> Iterator[Row]:
         """Every row; once all are read, it is told how many held keys without a value that were taken out.
@@ -99,16 +101,28 @@ class SourceRows:
     @functools.cached_property
     def sha256(self) -> dict[str, str]:
         """The digest of each local file's bytes, by its path."""
-        return {str(file): sha256_of_file(file) for file in self.files}
+        return {str(file): self.digests.sha256(file) for file in self.files}
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            UserError: a local file is not what it was when `sha256` was taken, so that its rows may be of both.
+        """
+        if self.sha256 and (changed := self.digests.changed(self.files)):
+            raise UserError(
+                f"{self.name}: {changed[0]} was changed while it was read; start again once nothing writes to it"
+            )
 
 
-def open_source(source: SourceConfig, name: str) -> SourceRows:
+def open_source(source: SourceConfig, name: str, digests: Digests | None = None) -> SourceRows:
     """Find a source and look at its first rows.
 
     A path is a file; a glob such as `logs/*.jsonl`; a folder, of which the files are taken whose names say `split`, or
     all if none says a split; a folder that `save_to_disk` wrote; or a Hub data set. The files of a folder or a glob are
     read in the order of their names, and must be of one type.
 
+    Args:
+        digests: what is known of the files from earlier runs; None: nothing.
     Raises:
         UserError: the source is missing, empty or unreadable, or `columns` names a column that it does not have.
     """
@@ -139,7 +153,8 @@ def open_source(source: SourceConfig, name: str) -> SourceRows:
         head = list(_renamed(lambda: head, source.columns))
     columns = tuple(dict.fromkeys(column for row in head for column in row.values))
     paths = tuple(file for file, _ in files)
-    return SourceRows(name, source.path, columns, head, limited, dict(source.roles), paths, revision)
+    known = digests or Digests()
+    return SourceRows(name, source.path, columns, head, limited, dict(source.roles), paths, revision, known)
 
 
 def _limited(read: Callable[[], Iterable[Row]], max_rows: int | None) -> Iterator[Row]:

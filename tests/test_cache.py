@@ -3,24 +3,39 @@
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import types
+from importlib import metadata
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from transformers import AutoTokenizer
 
 import src.cache
 import src.preparation
-from config.schema import ContractConfig, DataConfig, SourceConfig
-from src.cache import cache_key, load_rows, prepared, read_account
+from config.schema import DataConfig, SourceConfig
+from src.cache import (
+    NO_MATTER,
+    NO_MATTER_OF_SOURCE,
+    cache_key,
+    code_sha256,
+    load_rows,
+    prepared,
+    read_account,
+    stages,
+)
 from src.data import build_datasets
 from src.formats import row_converter
 from src.preparation import OpenSource, Preparation
 from src.sources import open_source
 from src.tokenization import RowEncoder
 from tests.toy_tokenizer import toy_tokenizer
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,62 +50,135 @@ def key(config, tokenizer):
     return cache_key(config, tokenizer, [open_source(source, "data.train") for source in config.train])
 
 
-CHANGES = {
-    "max_length": 65,
-    "too_long": "truncate",
-    "supervise": "all",
-    "eval_fraction": 0.5,
-    "template_date": "2025-01-01",
-    "unlike_served": "drop",
-    "allow_special_tokens_in_content": True,
-    "seed": 7,
-}
+def others(value, kind):
+    """Other values that a field of this type may have: each choice, or one more, or a change of each of its parts."""
+    if dataclasses.is_dataclass(value):
+        return [dataclasses.replace(value, **{name: other}) for name, other in changes(value)]
+    if get_origin(kind) is Literal:
+        return [choice for choice in get_args(kind) if choice != value]
+    if isinstance(kind, types.UnionType):
+        inner = next(part for part in get_args(kind) if part is not types.NoneType)
+        return [None, *others(value, inner)] if value is not None else [EXAMPLES[inner]]
+    if isinstance(value, tuple):
+        return [(*value, SourceConfig(path="another.jsonl"))]
+    return (
+        [not value] if kind is bool else [value | {"a": "b"}] if isinstance(value, dict) else [value + EXAMPLES[kind]]
+    )
 
 
-def test_every_field_that_changes_rows_changes_the_key(tmp_path):
-    config, tokenizer = DataConfig(train=(write(tmp_path / "a.jsonl", 3),), max_length=64), toy_tokenizer()
-    first = key(config, tokenizer)
-    assert key(config, toy_tokenizer()) == first
-    for name, value in {
-        "workers": 2,
-        "cache_folder": "elsewhere",
-        "packing": False,
-        "contract": ContractConfig(too_long=1.0),
-    }.items():
-        assert key(dataclasses.replace(config, **{name: value}), tokenizer) == first
-    changed = [key(dataclasses.replace(config, **{name: value}), tokenizer) for name, value in CHANGES.items()]
-    changed.append(key(dataclasses.replace(config, eval=config.train), tokenizer))
-    assert len({first, *changed}) == len(CHANGES) + 2
-    untouched = {"train", "workers", "cache_folder", "packing", "contract"}
-    assert {field.name for field in dataclasses.fields(DataConfig)} <= {*CHANGES, "eval", *untouched}
+EXAMPLES = {int: 1, float: 0.25, str: "x"}
+
+
+def changes(config):
+    """The name of each field with each other value; a field of a type that is not known here is an error."""
+    kinds = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        for other in others(getattr(config, field.name), kinds[field.name]):
+            yield field.name, other
+
+
+def test_every_field_but_those_that_do_not_matter_changes_the_key(tmp_path):
+    source, tokenizer = write(tmp_path / "a.jsonl", 3), toy_tokenizer()
+    config = DataConfig(train=(source,), max_length=64)
+    opened = [open_source(source, "data.train.0")]
+    first, seen = cache_key(config, tokenizer, opened), {}
+    for name, other in changes(config):
+        seen.setdefault(name, []).append(cache_key(dataclasses.replace(config, **{name: other}), tokenizer, opened))
+    for name, other in changes(source):
+        for side in ("train", "eval"):
+            changed = {"eval": (source,)} | {side: (dataclasses.replace(source, **{name: other}),)}
+            found = cache_key(dataclasses.replace(config, **changed), tokenizer, opened)
+            seen.setdefault(f"{side}.{name}", []).append(found)
+    with_eval = cache_key(dataclasses.replace(config, eval=(source,)), tokenizer, opened)
+    idle = NO_MATTER | {f"{side}.{name}" for side in ("train", "eval") for name in NO_MATTER_OF_SOURCE}
+    assert idle < seen.keys()
+    for name, keys in seen.items():
+        assert keys, name
+        if name in idle:
+            assert set(keys) <= {first, with_eval}, f"{name} prepares again for nothing"
+    told = [found for name, keys in seen.items() if name not in idle for found in keys]
+    assert len({first, with_eval, *told}) == len(told) + 2 - told.count(with_eval), "two settings share a key"
+    fields = {field.name for field in dataclasses.fields(DataConfig)}
+    assert fields <= seen.keys()
+    assert len(told) > len(fields)
+
+
+@pytest.mark.parametrize("name", sorted((NO_MATTER - {"workers"}) | NO_MATTER_OF_SOURCE))
+def test_a_field_that_does_not_matter_changes_no_byte(tmp_path, name):
+    source = write(tmp_path / "a.jsonl", 40)
+    config = DataConfig(train=(source,), max_length=64)
+    prepare(config, tmp_path / "first", 500)
+    whole = config if name in NO_MATTER else source
+    value = next(other for field, other in changes(whole) if field == name)
+    changed = dataclasses.replace(whole, **{name: value})
+    prepare(changed if name in NO_MATTER else dataclasses.replace(config, train=(changed,)), tmp_path / "other", 500)
+    assert bytes_below(tmp_path / "first") == bytes_below(tmp_path / "other")
 
 
 def test_rows_tokenizer_template_and_code_change_the_key(tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", 3)
     config = DataConfig(train=(source,), max_length=64)
-    keys = {key(config, toy_tokenizer())}
-    keys.add(key(config, toy_tokenizer(merges_from="xyz")))
+    keys = [key(config, toy_tokenizer())]
+    assert key(config, toy_tokenizer()) == keys[0]
+    keys.append(key(config, toy_tokenizer(merges_from="xyz")))
     tokenizer = toy_tokenizer()
     tokenizer.chat_template += " "
-    keys.add(key(config, tokenizer))
+    keys.append(key(config, tokenizer))
     tokenizer = toy_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
-    keys.add(key(config, tokenizer))
-    limited = dataclasses.replace(source, max_rows=2)
-    keys.add(key(dataclasses.replace(config, train=(limited,)), toy_tokenizer()))
-    monkeypatch.setattr(src.cache, "_code_sha256", lambda: "other code")
-    keys.add(key(config, toy_tokenizer()))
-    monkeypatch.undo()
-    write(tmp_path / "a.jsonl", 3, answer="no")
-    keys.add(key(config, toy_tokenizer()))
-    assert len(keys) == 7
+    keys.append(key(config, tokenizer))
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_token = "<|im_start|>"  # a token that is there, with another meaning
+    keys.append(key(config, tokenizer))
+    tokenizer = toy_tokenizer()
+    tokenizer.split_special_tokens = True
+    keys.append(key(config, tokenizer))
+    for library in src.cache.LIBRARIES:
+        other = {name: "0" if name == library else metadata.version(name) for name in src.cache.LIBRARIES}
+        monkeypatch.setattr(metadata, "version", other.__getitem__)
+        keys.append(key(config, toy_tokenizer()))
+        monkeypatch.undo()
+    write(tmp_path / "a.jsonl", 3, answer="no")  # as long as before
+    keys.append(key(config, toy_tokenizer()))
+    assert len(set(keys)) == len(keys)
 
 
-def test_the_key_knows_the_code_of_every_stage(tmp_path):
-    for name in ("data", "sources", "files", "formats", "chat", "alignment", "tokenization", "preparation"):
-        assert f"src.{name}" in src.cache.stages()
-    assert "utils.files" in src.cache.stages()
-    assert not any(name.startswith(("tests", "scripts")) for name in src.cache.stages())
+def test_files_of_a_tokenizer_change_the_key(tmp_path):
+    config = DataConfig(train=(write(tmp_path / "a.jsonl", 3),), max_length=64)
+    toy_tokenizer().save_pretrained(tmp_path / "t")
+    keys = [key(config, AutoTokenizer.from_pretrained(tmp_path / "t")) for _ in range(2)]
+    assert keys[0] == keys[1]
+    kept = {path.name: path.read_text() for path in (tmp_path / "t").iterdir()}
+    assert kept.keys() >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    vocabulary = json.loads(kept["tokenizer.json"])
+    vocabulary["model"]["merges"].pop()
+    settings = json.loads(kept["tokenizer_config.json"]) | {"eos_token": "<|im_start|>"}
+    for name, text in {
+        "tokenizer.json": json.dumps(vocabulary),
+        "tokenizer_config.json": json.dumps(settings),
+        "chat_template.jinja": kept["chat_template.jinja"].replace("assistant", "model"),
+    }.items():
+        (tmp_path / "t" / name).write_text(text)
+        keys.append(key(config, AutoTokenizer.from_pretrained(tmp_path / "t")))
+        (tmp_path / "t" / name).write_text(kept[name])
+    assert len(set(keys[1:])) == 4
+
+
+def test_the_code_of_every_stage_changes_the_key_and_no_other(tmp_path):
+    for folder in ("config", "src", "utils"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    names = stages(tmp_path).keys()
+    assert {f"src.{name}" for name in ("data", "sources", "files", "formats", "chat", "alignment")} < names
+    assert {"src.tokenization", "src.preparation", "config.schema", "utils.files"} < names
+    digests = [code_sha256(stages(tmp_path))]
+    assert digests[0] == code_sha256(stages(ROOT))
+    for name in names:
+        path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+        path.write_text(path.read_text() + "# another line\n")
+        digests.append(code_sha256(stages(tmp_path)))
+    assert len(set(digests)) == len(names) + 1
+    (tmp_path / "src" / "trainer.py").write_text("")
+    assert code_sha256(stages(tmp_path)) == digests[-1]
 
 
 def test_a_rerun_finds_the_same_rows_without_tokenizing(tmp_path, monkeypatch, caplog):
@@ -110,14 +198,19 @@ def test_a_rerun_finds_the_same_rows_without_tokenizing(tmp_path, monkeypatch, c
 
 def prepare(config, folder, shard_rows):
     """The shards of a config's training sources, of `shard_rows` rows each."""
-    encoder, sources = RowEncoder.of(toy_tokenizer()), [open_source(source, "data.train") for source in config.train]
+    return prepare_sources(config, [open_source(source, "data.train") for source in config.train], folder, shard_rows)
+
+
+def prepare_sources(config, sources, folder, shard_rows):
+    encoder = RowEncoder.of(toy_tokenizer())
 
     def write(place):
         preparation = Preparation(config, encoder, place, shard_rows=shard_rows)
         for index, found in enumerate(sources):
             preparation.write(OpenSource(found, row_converter(found, "auto"), index, "train"))
 
-    return sorted(prepared(folder, write).glob("source-*/shard-*"))
+    with prepared(folder, write):
+        return sorted(folder.glob("source-*/shard-*"))
 
 
 def test_a_damaged_shard_is_made_again(tmp_path):
@@ -132,6 +225,17 @@ def test_a_damaged_shard_is_made_again(tmp_path):
     assert prepare(config, tmp_path / "cache", 1000) == shards
     assert load_rows(shards, "train")[:] == first
     assert (shards[0] / "train.arrow").stat().st_mtime_ns == kept
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_shard(tmp_path):
+    config = DataConfig(train=(write(tmp_path / "a.jsonl", 30),), max_length=64)
+    source = open_source(config.train[0], "data.train.0")
+    assert len(source.sha256) == 1  # as the key has it
+    write(tmp_path / "a.jsonl", 31)
+    with pytest.raises(UserError, match=r"data\.train\.0: .*a\.jsonl was changed while it was read; start again"):
+        prepare_sources(config, [source], tmp_path / "cache", 500)
+    assert not list((tmp_path / "cache").glob("source-*/*"))
+    assert not (tmp_path / "cache" / "complete.json").exists()
 
 
 def test_a_shard_without_its_account_does_not_exist(tmp_path):
@@ -151,7 +255,8 @@ def test_one_prepares_while_the_others_wait(tmp_path):
 
     def launch():
         lock.wait()
-        found.append((prepared(tmp_path / "k", prepare) / "rows").read_text())
+        with prepared(tmp_path / "k", prepare):
+            found.append((tmp_path / "k" / "rows").read_text())
 
     found: list[str] = []
     threads = [threading.Thread(target=launch) for _ in range(3)]

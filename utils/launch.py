@@ -12,6 +12,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process is the first of those that the launcher started on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def processes_started() -> int:
     """Processes that the launcher started, by its own account."""
     return int(os.environ.get("WORLD_SIZE", "1"))
