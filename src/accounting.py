@@ -78,6 +78,7 @@ class Tally:
     rows_kept: int = 0
     truncated: int = 0
     texts_split: int = 0
+    turn_by_turn: int = 0
     joined_turns: int = 0
     lost_reasoning: int = 0
     special_text: int = 0
@@ -165,7 +166,8 @@ class Tally:
         self.joined_turns += row.joined_turns
         self.lost_reasoning += row.lost_reasoning
         self.special_text += row.special_text
-        self.texts_split += row.piece == 1
+        self.texts_split += row.piece == 1 and not row.turn_rows
+        self.turn_by_turn += row.piece == 0 and row.turn_rows > 0
         if row.unlike_served and not self._keep_unlike_served(row, config):
             return None
         supervised, length = row.supervised_tokens(), len(row.input_ids)
@@ -263,6 +265,7 @@ class Tally:
             (self.truncated, "truncated"),
             (self.supervised_tokens_lost, "supervised tokens lost by that"),
             (self.texts_split, "texts split into pieces"),
+            (self.turn_by_turn, "conversations trained as a row for each turn, as a server would give it"),
             (self.defects["leak"], "left out that stand in data.eval too"),
             (self.defects["duplicates"], "equal to a row before"),
             (self.joined_turns, "turns whose first white space is not supervised"),

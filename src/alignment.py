@@ -32,7 +32,8 @@ class RenderedChat:
     `spans` are the supervised characters as (start, end), one pair a supervised assistant turn, in order and apart;
     each ends with the turn's stop token. `contents` are the characters of the row's own texts. `unlike_served` says
     why the text before a supervised turn is not what a server would give; empty: it is. `lost_reasoning` counts the
-    supervised turns whose reasoning the template leaves out.
+    supervised turns whose reasoning the template leaves out. `rewritten`: up to the end of a supervised turn it writes
+    another text than where that turn is the last message.
     """
 
     text: str
@@ -40,6 +41,7 @@ class RenderedChat:
     contents: tuple[tuple[int, int], ...] = ()
     unlike_served: str = ""
     lost_reasoning: int = 0
+    rewritten: bool = False
 
 
 def supervised_turns(conversation: Conversation, supervise: str) -> list[int]:
@@ -53,7 +55,8 @@ def supervised_turns(conversation: Conversation, supervise: str) -> list[int]:
             users = (index for index, message in enumerate(conversation.messages) if message["role"] == "user")
             start = max(users, default=-1) + 1
         turns = [turn for turn in turns if turn >= start]
-    return [turn for turn in turns if turn not in conversation.untrained]
+    untrained = frozenset(conversation.untrained)
+    return [turn for turn in turns if turn not in untrained]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class TurnFinder:
 
     template: ChatTemplate
     supervise: str = "assistant"
-    layouts: dict[Shape, Layout | Cause] = field(default_factory=dict)
+    layouts: dict[tuple[Shape, tuple[int, ...]], Layout | Cause] = field(default_factory=dict)
 
     def find(self, conversations: Sequence[Conversation]) -> list[RenderedChat | Refusal]:
         """Render conversations and find the supervised turns.
@@ -74,7 +77,8 @@ class TurnFinder:
         return [self._found(conversation, text) for conversation, text in zip(conversations, texts, strict=True)]
 
     def _found(self, conversation: Conversation, text: str | Refusal) -> RenderedChat | Refusal:
-        if self.supervise != "all" and not supervised_turns(conversation, self.supervise):
+        wanted = () if self.supervise == "all" else tuple(supervised_turns(conversation, self.supervise))
+        if self.supervise != "all" and not wanted:
             return Refusal(
                 conversation.origin,
                 "masked",
@@ -84,21 +88,23 @@ class TurnFinder:
         if isinstance(text, Refusal):
             return text
         try:
-            return self._align(conversation, text)
+            return self._align(conversation, text, wanted)
         except RowRefusedError as error:
             return error.refusal
 
-    def _align(self, conversation: Conversation, text: str) -> RenderedChat:
+    def _align(self, conversation: Conversation, text: str, wanted: tuple[int, ...]) -> RenderedChat:
         """
+        Args:
+            wanted: the supervised turns.
         Raises:
             RowRefusedError: the row cannot be trained on exactly.
         """
         shape, slots = take_apart(conversation)
-        layout = self.layouts.get(shape)
+        layout = self.layouts.get((shape, wanted))
         if layout is None:
             if len(self.layouts) >= LAYOUTS_KEPT:
                 self.layouts.clear()
-            layout = self.layouts[shape] = self._learn(shape)
+            layout = self.layouts[shape, wanted] = self._learn(shape, wanted)
         if isinstance(layout, Cause):
             return self._from_marks(conversation, text, layout)
         written, lengths = layout.pieces.filled(slots)
@@ -130,9 +136,8 @@ class TurnFinder:
         contents: tuple[tuple[int, int], ...],
         slots: Sequence[str],
     ) -> RenderedChat:
-        spans, unlike, lost = [], "", 0
-        for index in supervised_turns(conversation, self.supervise):
-            turn = layout.turns[index]
+        spans, unlike, lost, rewritten = [], "", 0, False
+        for index, turn in layout.turns.items():
             if turn.cause:
                 cause = turn.cause._replace(does=_with_texts(turn.cause.does, slots))
                 if cause.kind == "untrained_stop":
@@ -143,17 +148,18 @@ class TurnFinder:
             spans.append((turn.start[0] + lengths[turn.start[1]], turn.end[0] + lengths[turn.end[1]]))
             unlike = unlike or _with_texts(turn.unlike_served, slots)
             lost += turn.lost_reasoning
+            rewritten = rewritten or turn.rewritten
         if layout.lost:
             raise refused(conversation, layout.lost)
-        return RenderedChat(text, tuple(spans), contents, unlike, lost)
+        return RenderedChat(text, tuple(spans), contents, unlike, lost, rewritten)
 
-    def _learn(self, shape: Shape) -> Layout | Cause:
+    def _learn(self, shape: Shape, wanted: Sequence[int]) -> Layout | Cause:
         """The layout of a shape, or why there is none."""
         skeleton, owners = skeleton_of(shape)
         [text] = self.template.render_each([skeleton])
         if isinstance(text, Refusal):
             return Cause("unaligned", f"it refuses a row of this form with other texts ({text.reason})")
-        return read_layout(self.template, skeleton, owners, cut(text))
+        return read_layout(self.template, skeleton, owners, cut(text), wanted)
 
     def _from_marks(self, conversation: Conversation, text: str, cause: Cause) -> RenderedChat:
         """The spans between the template's marks, each made to end with its stop token."""

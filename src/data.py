@@ -123,6 +123,7 @@ def build_datasets(
         chat=any(source.is_chat for source in sources),
         template_date=config.template_date,
         allow_special_tokens_in_content=config.allow_special_tokens_in_content,
+        unlike_served=config.unlike_served,
     )
     if any(source.convert.format == "text" for source in sources) and tokenizer.eos_token is None:
         log.warning("the tokenizer has no eos_token, so texts end without one; name it in model.special_tokens")

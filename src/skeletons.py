@@ -14,6 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -129,11 +130,16 @@ class Pieces:
     def place(self, position: int) -> tuple[int, int]:
         """A position in `text` outside of stand-ins, as characters of literals and occurrences before it."""
         count = bisect_left(self.borders, (position, position))
-        return position - sum(end - start for start, end in self.borders[:count]), count
+        return position - self._widths[count], count
 
     def position(self, place: tuple[int, int]) -> int:
         """The position in `text` that `place` was made of."""
-        return place[0] + sum(end - start for start, end in self.borders[: place[1]])
+        return place[0] + self._widths[place[1]]
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        """How long the first 0, 1, ... stand-ins are."""
+        return [0, *accumulate(end - start for start, end in self.borders)]
 
 
 def cut(text: str) -> Pieces:

@@ -24,6 +24,7 @@ from src.chat import ChatTemplate
 from src.content import ContentEncoder
 from src.formats import Conversation, TextRow
 from src.refusal import Kind, Refusal, RowRefusedError
+from src.served import Part, as_served, as_whole
 from src.token_bytes import TokenBytes
 from src.token_spans import ByteTokens, OffsetTokens, TokenSpan
 from utils.errors import UserError
@@ -35,7 +36,8 @@ IGNORED = -100
 class TokenRow:
     """One row: `input_ids` and `labels` are int32 arrays of one length, which may be views of a batch's.
 
-    `piece` counts a text's pieces from 0, and is 0 for a conversation; `joined_turns` counts the turns whose first
+    `piece` counts the pieces of a text from 0, or the rows of a conversation that is trained turn by turn, of which
+    there are `turn_rows`; both are 0 for a conversation that is one row. `joined_turns` counts the turns whose first
     white space is not supervised, because the tokenizer joins it with the template's own. `unlike_served` and
     `lost_reasoning` are those of `src.alignment.RenderedChat`; `special_text` says whether the row's texts hold that of
     a special token.
@@ -49,6 +51,7 @@ class TokenRow:
     unlike_served: str = ""
     lost_reasoning: int = 0
     special_text: bool = False
+    turn_rows: int = 0
 
     def supervised_tokens(self) -> int:
         """The number of tokens that the loss counts."""
@@ -61,7 +64,8 @@ class RowEncoder:
 
     `backend` is the tokenizer's own model without its post-processor: that one adds no token here, but may trim the
     white space from the offsets that tell where a token is. `template` and `finder` are None if there are only texts;
-    `content` is None where a special token's text in a message becomes that token.
+    `content` is None where a special token's text in a message becomes that token. `by_turn`: a conversation that the
+    template writes otherwise than it is served becomes a row for each supervised turn.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +75,7 @@ class RowEncoder:
     template: ChatTemplate | None
     finder: TurnFinder | None
     content: ContentEncoder | None
+    by_turn: bool
 
     @classmethod
     def of(
@@ -81,12 +86,14 @@ class RowEncoder:
         chat: bool = True,
         template_date: str | None = DataConfig.template_date,
         allow_special_tokens_in_content: bool = DataConfig.allow_special_tokens_in_content,
+        unlike_served: str = DataConfig.unlike_served,
     ) -> "RowEncoder":
         """Prepare a tokenizer.
 
         Args:
             supervise: one of the values of data.supervise.
             chat: whether conversations will be encoded, which needs a chat template.
+            unlike_served: one of the values of data.unlike_served.
         Raises:
             UserError: the tokenizer is not a fast one, or lacks the chat template.
         """
@@ -103,32 +110,44 @@ class RowEncoder:
         backend.no_padding()
         finder = TurnFinder(template, supervise) if template else None
         content = ContentEncoder.of(tokenizer, backend) if chat and not allow_special_tokens_in_content else None
-        return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template, finder, content)
+        by_turn = unlike_served == "train_as_served"
+        return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template, finder, content, by_turn)
 
     def encode_conversations(self, conversations: Sequence[Conversation]) -> list[TokenRow | Refusal]:
-        """One row a conversation, uncut, each supervised span checked; or why it cannot be trained on exactly."""
-        chats = self.finder.find(conversations)
-        texts = [chat.text for chat in chats if not isinstance(chat, Refusal)]
-        encoded = iter(self._encoded(texts))
+        """The rows of each conversation in order, uncut, with each supervised span checked; or why it has none.
+
+        A conversation has one row, or where it is trained turn by turn several of the same origin; or one refusal.
+        """
+        parts = (as_served if self.by_turn else as_whole)(self.finder, conversations)
+        encoded = iter(self._encoded([part.chat.text for part in parts if not isinstance(part.chat, Refusal)]))
         begins_with_bos = bool(self.bos_ids())
         rows: list[TokenRow | Refusal] = []
         checked = False
-        for conversation, chat in zip(conversations, chats, strict=True):
-            if isinstance(chat, Refusal):
-                rows.append(chat)
+        for part in parts:
+            row: TokenRow | Refusal = part.chat
+            if isinstance(part.chat, RenderedChat):
+                tokens = next(encoded)
+                if not checked:
+                    self._check_against_tokenizer(part.conversation, tokens.ids.tolist())
+                    checked = True
+                row = self._row_or_refusal(part, tokens, begins_with_bos)
+            if part.piece and isinstance(rows[-1], Refusal):
                 continue
-            tokens = next(encoded)
-            if not checked:
-                self._check_against_tokenizer(conversation, tokens.ids.tolist())
-                checked = True
-            try:
-                if self.supervise == "all":
-                    self._check_final_stop(conversation, chat.text)
-                self._check_bos(tokens.ids[:2].tolist(), conversation.origin, begins_with_bos)
-                rows.append(self._row(conversation, chat, tokens))
-            except RowRefusedError as error:
-                rows.append(error.refusal)
+            if part.piece and isinstance(row, Refusal):
+                del rows[-part.piece :]  # the conversation's earlier turns
+            rows.append(row)
         return rows
+
+    def _row_or_refusal(
+        self, part: Part, tokens: ByteTokens | OffsetTokens, begins_with_bos: bool
+    ) -> TokenRow | Refusal:
+        try:
+            if self.supervise == "all":
+                self._check_final_stop(part.conversation, part.chat.text)
+            self._check_bos(tokens.ids[:2].tolist(), part.conversation.origin, begins_with_bos)
+            return self._row(part, part.chat, tokens)
+        except RowRefusedError as error:
+            return error.refusal
 
     @functools.cached_property
     def _token_bytes(self) -> TokenBytes | None:
@@ -151,8 +170,8 @@ class RowEncoder:
     def _with_offsets(self, texts: Sequence[str]) -> list[OffsetTokens]:
         return [OffsetTokens.of(encoding) for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
-    def _row(self, conversation: Conversation, chat: RenderedChat, tokens: ByteTokens | OffsetTokens) -> TokenRow:
-        origin = conversation.origin
+    def _row(self, part: Part, chat: RenderedChat, tokens: ByteTokens | OffsetTokens) -> TokenRow:
+        origin = part.conversation.origin
         if chat.contents and self.content is not None:
             tokens = self.content.encode(chat.text, chat.contents, self.template.special_token, origin)
         ids = tokens.ids
@@ -176,10 +195,12 @@ class RowEncoder:
             ids,
             labels,
             origin,
+            part.piece,
             joined_turns=joined,
             unlike_served=chat.unlike_served,
             lost_reasoning=chat.lost_reasoning,
             special_text=bool(chat.contents),
+            turn_rows=part.turn_rows,
         )
 
     def _spans(self, tokens: ByteTokens | OffsetTokens, chat: RenderedChat, origin: str) -> list[TokenSpan]:

@@ -8,8 +8,10 @@ another turn right after it, and of what stands there, with its stop token.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from src.chat import CALL_STOPS, ChatTemplate
@@ -36,32 +38,39 @@ class Cause(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant message: `start` and `end` as `Pieces.place` gives them, or the `cause` why they do not show."""
+    """One assistant message: `start` and `end` as `Pieces.place` gives them, or the `cause` why they do not show.
+
+    `rewritten`: up to its end the template writes another text than where this message is the last.
+    """
 
     start: tuple[int, int] = (0, 0)
     end: tuple[int, int] = (0, 0)
     cause: Cause | None = None
     unlike_served: str = ""
     lost_reasoning: bool = False
+    rewritten: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The pieces of a shape and its assistant turns by message; `lost` names what the template leaves out, if any."""
+    """The pieces of a shape and its supervised turns by message; `lost` names what the template leaves out, if any."""
 
     pieces: Pieces
     turns: dict[int, Turn]
     lost: Cause | None = None
 
 
-def read_layout(template: ChatTemplate, skeleton: Conversation, owners: Sequence[int], pieces: Pieces) -> Layout:
-    """Find all assistant turns of a rendered skeleton.
+def read_layout(
+    template: ChatTemplate, skeleton: Conversation, owners: Sequence[int], pieces: Pieces, wanted: Sequence[int]
+) -> Layout:
+    """Find turns of a rendered skeleton.
 
     Args:
         owners: for each stand-in, the message that it belongs to.
+        wanted: the assistant's messages to find, in order.
     """
     reader = _Reader(template, skeleton, owners, pieces)
-    return Layout(pieces, reader.turns(), reader.lost())
+    return Layout(pieces, reader.turns(wanted), reader.lost())
 
 
 @dataclass
@@ -74,10 +83,9 @@ class _Reader:
     pieces: Pieces
     rendered: dict[tuple[int, bool], str | None] = field(default_factory=dict)
 
-    def turns(self) -> dict[int, Turn]:
+    def turns(self, indices: Sequence[int]) -> dict[int, Turn]:
         turns: dict[int, Turn] = {}
         known: dict[str, tuple[str, str, str]] = {}
-        indices = self.skeleton.assistant_turns()
         for count, index in enumerate(indices):
             kind = self._kind(index)
             whole = count < TURNS_READ_WHOLE or index == indices[-1]
@@ -142,10 +150,16 @@ class _Reader:
                 return asked[next((m.start() for m in inside), at) :]
         return None
 
+    @cached_property
+    def _owned(self) -> dict[int, list[tuple[int, int]]]:
+        """The borders of each message's stand-ins in the text."""
+        owned: dict[int, list[tuple[int, int]]] = {}
+        for number, borders in self._numbered():
+            owned.setdefault(self.owners[number], []).append(borders)
+        return owned
+
     def _own(self, index: int) -> list[tuple[int, int]]:
-        """The borders of a message's stand-ins in the text."""
-        numbers = zip(self.pieces.numbers, self.pieces.borders, strict=True)
-        return [borders for number, borders in numbers if self.owners[number] == index]
+        return self._owned.get(index, [])
 
     def _gap(self, index: int) -> tuple[int, int]:
         """From the last text of earlier messages to the first one of the turn, or of what follows it."""
@@ -184,6 +198,7 @@ class _Reader:
             self.pieces.place(stop),
             unlike_served=unlike,
             lost_reasoning=any(owner == index and n not in within for n, owner in enumerate(self.owners)),
+            rewritten=self._rewritten(index, stop),
         )
         floor, _ = self._gap(index)
         around = (text[floor:start], text[start : own[0][0]], text[own[-1][1] : stop]) if own and floor else None
@@ -210,7 +225,22 @@ class _Reader:
         around = written + pieces.text[own[0][1] : pieces.position(turn.end)]
         if not text.startswith(around, start):
             return Turn(cause=cause)
-        return Turn(self.pieces.place(start), self.pieces.place(start + len(around)), unlike_served=unlike)
+        stop = start + len(around)
+        return Turn(
+            self.pieces.place(start),
+            self.pieces.place(stop),
+            unlike_served=unlike,
+            rewritten=self._rewritten(index, stop),
+        )
+
+    def _rewritten(self, index: int, stop: int) -> bool:
+        """Whether the text up to `stop`, a turn's end, is another than where the turn's message is the last."""
+        if index + 1 == len(self.skeleton.messages):
+            return False
+        alone = self._prefix(index + 1, False)
+        if alone is None:  # the template does not take the message as the last one
+            return False
+        return not alone.startswith(self.pieces.text[:stop]) or self._with_eos(alone, stop, len(alone)) != stop
 
     def _numbered(self) -> list[tuple[int, tuple[int, int]]]:
         return list(zip(self.pieces.numbers, self.pieces.borders, strict=True))
@@ -221,7 +251,8 @@ class _Reader:
         if len(own) != 1:
             return None
         at = own[0][0] - len(opening)
-        previous = max((end for _, (_, end) in self._numbered() if end <= own[0][0]), default=0)
+        earlier = bisect_left(self.pieces.borders, own[0])
+        previous = self.pieces.borders[earlier - 1][1] if earlier else 0
         if text[previous : own[0][0]] != before + opening or not text.startswith(closing, own[0][1]):
             return None
         return Turn(self.pieces.place(at), self.pieces.place(own[0][1] + len(closing)))
@@ -290,19 +321,19 @@ class _Reader:
         if own and not self.skeleton.messages[index].get("tool_calls"):
             stop = self.template.stop_after(text, tail)
             if stop is not None and stop <= end:
-                return self._with_eos(stop, end)
+                return self._with_eos(text, stop, end)
         run = re.search(rf"(?:\s*{self.template.special_token.pattern})+\s*$", text[tail:end])
         if run is None:
             return None
         closers = {self.template.tokenizer.eos_token, *CALL_STOPS, *self._plain_stops()}
         for special in self.template.special_token.finditer(text, tail + run.start(), end):
             if special.group() in closers:
-                return self._with_eos(special.end(), end)
+                return self._with_eos(text, special.end(), end)
         return None
 
-    def _with_eos(self, stop: int, end: int) -> int:
+    def _with_eos(self, text: str, stop: int, end: int) -> int:
         """The end of the eos token where it follows a stop token at once: generation runs on until it."""
-        text, eos = self.pieces.text, self.template.tokenizer.eos_token
+        eos = self.template.tokenizer.eos_token
         if not eos or text.endswith(eos, 0, stop):
             return stop
         closed = re.compile(rf"(?:{self.template.special_token.pattern})*?{re.escape(eos)}").match(text, stop, end)

@@ -28,10 +28,10 @@ TOOL = {
 }
 
 
-def template_tokenizer(template: str, eos: str) -> PreTrainedTokenizerFast:
+def template_tokenizer(template: str, eos: str, **settings: str) -> PreTrainedTokenizerFast:
     """The toy tokenizer with a template and the special tokens that stand in it."""
     special = tuple(dict.fromkeys(["<bos>", *MARKERS.findall(template)]))
-    return toy_tokenizer(template, bos="<bos>", eos=eos, special=special)
+    return toy_tokenizer(template, bos="<bos>", eos=eos, special=special, **settings)
 
 
 def battery(stop: str, *, parts: bool = False) -> dict[str, Conversation]:

@@ -93,7 +93,7 @@ def outcome(name: str) -> tuple[int, dict[str, Refusal], list[str]]:
     source = (folder / f"{name}.jinja").read_text(encoding="utf-8")
     marked = folder / f"{name}_training.jinja"
     tokenizer = template_tokenizer(source, stops[0])
-    encoder = RowEncoder.of(tokenizer, allow_special_tokens_in_content=True)
+    encoder = RowEncoder.of(tokenizer, allow_special_tokens_in_content=True, unlike_served="drop")
     twin = None
     if marked.is_file():
         other = template_tokenizer(source, stops[0])

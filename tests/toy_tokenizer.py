@@ -74,13 +74,13 @@ def toy_tokenizer(
     return tokenizer
 
 
-def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def family_tokenizer(name: str, **settings: str) -> PreTrainedTokenizerFast:
     """The toy tokenizer with a model family's own stock template and special tokens; skips where that is absent."""
     path = SHARED / "chat_templates" / f"{name}.jinja"
     if not path.is_file():
         pytest.skip(f"needs the stock template {path.name} of shared/data/chat_templates")
     bos, eos, special = FAMILIES[name]
-    return toy_tokenizer(path.read_text(encoding="utf-8"), bos=bos, eos=eos, special=special)
+    return toy_tokenizer(path.read_text(encoding="utf-8"), bos=bos, eos=eos, special=special, **settings)
 
 
 def shared_file(name: str) -> Path:
