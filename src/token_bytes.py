@@ -84,8 +84,8 @@ class TokenBytes:
         sizes = self.sizes[keys]
         borders = np.zeros(len(flat) + 1, dtype=np.int64)
         np.cumsum(sizes, out=borders[1:])
-        places = np.repeat(self.starts[keys] - borders[:-1], sizes)
-        places += np.arange(len(places))
+        places = np.repeat((self.starts[keys] - borders[:-1]).astype(np.int32), sizes)
+        places += np.arange(len(places), dtype=np.int32)
         read, edges, rows = self.joined[places].tobytes(), borders[rows].tolist(), rows.tolist()
         return [
             ByteTokens(flat[first:last], borders[first : last + 1]) if read[start:end] == text.encode() else None

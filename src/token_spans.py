@@ -82,13 +82,17 @@ class ByteTokens:
     def spans(self, text: str, stretches: Sequence[Stretch]) -> list[TokenSpan] | None:
         """The tokens of stretches of the text, which must rise; None where a token reaches beyond the end of one."""
         edges = [edge for stretch in stretches for edge in stretch]
-        places = np.array(edges if text.isascii() else _byte_places(text, edges), dtype=np.int64) + self.borders[0]
+        base = int(self.borders[0])
+        places = [base + edge for edge in (edges if text.isascii() else _byte_places(text, edges))]
         tokens = self.borders.searchsorted(places)
-        beyond = (self.borders[tokens] != places).tolist()
-        if any(beyond[1::2]):
+        borders = self.borders[tokens].tolist()
+        if borders[1::2] != places[1::2]:
             return None
         tokens = tokens.tolist()
-        return list(zip(tokens[::2], tokens[1::2], beyond[::2], strict=True))
+        return [
+            (first, end, border != place)
+            for first, end, border, place in zip(tokens[::2], tokens[1::2], borders[::2], places[::2], strict=True)
+        ]
 
 
 def _byte_places(text: str, places: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from config.benchmark import SHAPES, peak_tflops
 from config.schema import AdapterConfig
 from scripts.benchmark import case_of, main, parse_arguments, variants
-from scripts.benchmarking import preparation
+from scripts.benchmarking import preparation, stages
 from scripts.benchmarking.case import Case
 from scripts.benchmarking.flops import Work
 from scripts.benchmarking.measure import BatchCounts, build_model, build_trainer, measure
@@ -206,4 +206,49 @@ def test_data_is_prepared_alike_by_all_contenders(tmp_path):
     ours = preparation.contend("smolfactory", few, SHARED)
     assert ours["tokens"] == floor["tokens"] > 30_000
     assert 0 < ours["supervised_tokens"] < ours["tokens"]
-    assert preparation.contend("trl 1", few, SHARED)["tokens"] == ours["tokens"]
+    theirs = preparation.contend("trl 1", few, SHARED)
+    assert [theirs[name] for name in ("tokens", "supervised_tokens")] == [
+        ours[name] for name in ("tokens", "supervised_tokens")
+    ]
+    masks = preparation.compare_masks(few, SHARED)
+    assert masks == {
+        "rows": 300,
+        "tokens": ours["tokens"],
+        "supervised_tokens": ours["supervised_tokens"],
+        "rows_that_differ": 0,
+    }
+
+
+def test_stages_take_the_time_that_the_record_shares_out(tmp_path):
+    shared_file("tokenizers/llama2/tokenizer.bin")
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": role, "content": "one two three " * 20} for role in ("user", "assistant")]
+    rows.write_text("".join(json.dumps({"messages": turns, "n": n}) + "\n" for n in range(600)))
+    tokenizer = preparation.llama2_tokenizer(SHARED)
+    found = stages.shares(tokenizer, preparation.data_config(rows))
+    assert {"read", "render", "tokenize", "prove the bytes", "write", "pack"} < set(found)
+    assert max(found, key=found.get) in ("tokenize", "look at the tokenizer")
+    record = {
+        "command": "x",
+        "rows": 600,
+        "repeats": 1,
+        "cores": 2,
+        "load": [0.5],
+        "contenders": {"floor": [{"tokens": 10, "seconds": 2.0, "cpu_seconds": 4.0, "peak_mib": 7}]},
+        "closer": {
+            "masks_beside_trl": {"rows": 5, "tokens": 9, "supervised_tokens": 4, "rows_that_differ": 0},
+            "cpu_seconds_by_stage": {"read": 1.0, "tokenize": 3.0},
+            "cpu_seconds_by_turns": {"25": 0.001},
+        },
+    }
+    page = preparation.markdown(record)
+    assert "| floor | 5 | 2 | 2.0 | 4.0 |" in page
+    assert "| tokenize | 3.00 | 75.0% |" in page
+    assert "| 25 | 1.00 | 40 |" in page
+
+
+def test_a_turn_of_a_long_conversation_costs_what_one_of_a_short_one_costs():
+    shared_file("tokenizers/llama2/tokenizer.bin")
+    found = stages.by_turns(preparation.llama2_tokenizer(SHARED), (25, 200))
+    # A cost that grows with the square would be 64 times as much; linear is 8, and the rest is for a busy machine.
+    assert found[200] < 20 * found[25]

@@ -10,10 +10,16 @@ the same file in a process of its own, all in turns:
 - `trl N`: the making of an SFTTrainer (assistant_only_loss, packing) on rows read before, with N processes, for which
   the template is given `{% generation %}` marks;
 - `floor`: rendering and `encode_batch_fast` on rows read before, and nothing else: no mask, no array, no file.
+
+Beside that the record says how many tokens each one supervises; in how many of the first rows the masks of this project
+and of TRL differ; the CPU time of each stage of ours; how it grows with the turns of a conversation; and how busy the
+machine was.
 """
 
 import argparse
+import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -24,13 +30,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from config.schema import DataConfig, SourceConfig
 from utils.errors import UserError
 from utils.files import write_json, write_text
 from utils.reproducibility import environment
 
 ROOT = Path(__file__).resolve().parents[2]
+IGNORED = -100
+COMPARED_ROWS = 500
+"""Rows whose masks are compared token for token."""
+
+TURNS = (25, 50, 100, 200)
+CLOSER = "closer"
 CONTENDERS = ("floor", "smolfactory", "trl 1", "trl 2")
 MAX_LENGTH = 2048
 
@@ -109,12 +123,10 @@ def prepare_floor(rows: Path, data: Path) -> dict[str, Any]:
 
 def prepare_smolfactory(rows: Path, data: Path) -> dict[str, Any]:
     """The project's own pipeline, from the file to packs on disk."""
-    from config.schema import DataConfig, SourceConfig
     from src.data import build_datasets
     from src.packing import PackedRows
 
-    tokenizer = llama2_tokenizer(data)
-    config = DataConfig(train=(SourceConfig(path=str(rows)),), max_length=MAX_LENGTH, too_long="truncate")
+    tokenizer, config = llama2_tokenizer(data), data_config(rows)
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -127,8 +139,32 @@ def prepare_smolfactory(rows: Path, data: Path) -> dict[str, Any]:
     return measured(work)
 
 
+def data_config(rows: Path) -> DataConfig:
+    """The project's settings for what every contender does."""
+    return DataConfig(train=(SourceConfig(path=str(rows)),), max_length=MAX_LENGTH, too_long="truncate")
+
+
 def prepare_trl(rows: Path, data: Path, *, processes: int) -> dict[str, Any]:
     """TRL's SFTTrainer, made for a model that is too small to take time."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        make = trl_trainer(rows, data, Path(folder), processes=processes, packing=True)
+        trainers: list[Any] = []
+
+        def work() -> dict[str, Any]:
+            trainers.append(make())
+            return {}
+
+        found = measured(work)
+        packs = trainers[0].train_dataset.with_format("arrow")
+        lengths = [len(ids) for ids in packs["input_ids"]]
+        supervised = sum(int(np.count_nonzero(labels.values.to_numpy() != IGNORED)) for labels in packs["labels"])
+    tokens = sum(lengths)
+    fill = round(tokens / (len(lengths) * MAX_LENGTH), 4)
+    return found | {"tokens": tokens, "packs": len(lengths), "fill": fill, "supervised_tokens": supervised}
+
+
+def trl_trainer(rows: Path, data: Path, folder: Path, *, processes: int, packing: bool) -> Callable[[], Any]:
+    """What makes TRL's trainer, which prepares the rows; they are read before."""
     from datasets import load_dataset
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -136,33 +172,57 @@ def prepare_trl(rows: Path, data: Path, *, processes: int) -> dict[str, Any]:
     tokenizer = llama2_tokenizer(data, marks=True)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, **sizes))
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        table = load_dataset("json", data_files=str(rows), split="train", cache_dir=folder)
-        args = SFTConfig(
-            output_dir=folder,
-            max_length=MAX_LENGTH,
-            packing=True,
-            assistant_only_loss=True,
-            dataset_num_proc=processes,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-        )
-        trainers: list[SFTTrainer] = []
+    table = load_dataset("json", data_files=str(rows), split="train", cache_dir=str(folder))
+    args = SFTConfig(
+        output_dir=str(folder),
+        max_length=MAX_LENGTH,
+        packing=packing,
+        assistant_only_loss=True,
+        dataset_num_proc=processes,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+    return lambda: SFTTrainer(model, args=args, train_dataset=table, processing_class=tokenizer)
 
-        def work() -> dict[str, Any]:
-            trainers.append(SFTTrainer(model, args=args, train_dataset=table, processing_class=tokenizer))
-            return {}
 
-        found = measured(work)
-        packs = trainers[0].train_dataset
-        lengths = [len(ids) for ids in packs.with_format("arrow")["input_ids"]]
-    tokens = sum(lengths)
-    return found | {"tokens": tokens, "packs": len(lengths), "fill": round(tokens / (len(lengths) * MAX_LENGTH), 4)}
+def compare_masks(rows: Path, data: Path) -> dict[str, int]:
+    """The ids and labels of the first rows, one by one, beside those of TRL."""
+    from src.data import build_datasets
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        folder = Path(name)
+        first = folder / "first.jsonl"
+        with open(rows, encoding="utf-8") as lines:
+            first.write_text("".join(itertools.islice(lines, COMPARED_ROWS)), encoding="utf-8")
+        ours = build_datasets(data_config(first), llama2_tokenizer(data), cache_folder=folder / "cache").train
+        theirs = trl_trainer(first, data, folder, processes=1, packing=False)().train_dataset
+        pairs = list(zip(ours, theirs, strict=True))
+        same = [all(own[name] == other[name] for name in ("input_ids", "labels")) for own, other in pairs]
+    return {
+        "rows": len(same),
+        "tokens": sum(len(own["labels"]) for own, _ in pairs),
+        "supervised_tokens": sum(label != IGNORED for own, _ in pairs for label in own["labels"]),
+        "rows_that_differ": same.count(False),
+    }
+
+
+def look_closer(rows: Path, data: Path) -> dict[str, Any]:
+    """What the record says beside the contenders' figures."""
+    from scripts.benchmarking.stages import by_turns, shares
+
+    tokenizer = llama2_tokenizer(data)
+    return {
+        "masks_beside_trl": compare_masks(rows, data),
+        "cpu_seconds_by_stage": shares(tokenizer, data_config(rows)),
+        "cpu_seconds_by_turns": by_turns(tokenizer, TURNS),
+    }
 
 
 def contend(name: str, rows: Path, data: Path) -> dict[str, Any]:
     """One contender's figures, measured in this process."""
+    if name == CLOSER:
+        return look_closer(rows, data)
     kind, _, processes = name.partition(" ")
     if kind == "trl":
         return prepare_trl(rows, data, processes=int(processes))
@@ -170,22 +230,46 @@ def contend(name: str, rows: Path, data: Path) -> dict[str, Any]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The record as a table: medians over the repeats."""
+    """The record as tables: medians over the repeats."""
     lines = [
-        "| contender | tokens/s | tokens/s of CPU time | seconds | CPU seconds | packs | fill | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| contender | tokens/s | tokens/s of CPU time | seconds | CPU seconds | supervised | packs | fill | MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in record["contenders"].items():
         middle = {key: median(run[key] for run in runs) for key in ("seconds", "cpu_seconds", "peak_mib")}
-        tokens = runs[0]["tokens"]
+        first = runs[0]
+        supervised = f"{first['supervised_tokens']:,}" if "supervised_tokens" in first else ""
         lines.append(
-            f"| {name} | {tokens / middle['seconds']:,.0f} | {tokens / middle['cpu_seconds']:,.0f} "
-            f"| {middle['seconds']:.1f} | {middle['cpu_seconds']:.1f} | {runs[0].get('packs', '')} "
-            f"| {runs[0].get('fill', '')} | {middle['peak_mib']:,.0f} |"
+            f"| {name} | {first['tokens'] / middle['seconds']:,.0f} | {first['tokens'] / middle['cpu_seconds']:,.0f} "
+            f"| {middle['seconds']:.1f} | {middle['cpu_seconds']:.1f} | {supervised} | {first.get('packs', '')} "
+            f"| {first.get('fill', '')} | {middle['peak_mib']:,.0f} |"
         )
     tokens = next(iter(record["contenders"].values()))[0]["tokens"]
     head = f"{record['rows']:,} rows, {tokens:,} tokens, {record['repeats']} repeats in turns, the median of each.\n"
-    return "\n".join([f"`{record['command']}`\n", head, *lines, ""])
+    load = ", ".join(f"{value:.1f}" for value in record["load"])
+    busy = f"Processes at work on the machine's {record['cores']} cores before each turn: {load}.\n"
+    closer = _closer_tables(record["closer"]) if record["closer"] else []
+    return "\n".join([f"`{record['command']}`\n", head, busy, *lines, "", *closer])
+
+
+def _closer_tables(closer: dict[str, Any]) -> list[str]:
+    masks, stages = closer["masks_beside_trl"], closer["cpu_seconds_by_stage"]
+    whole = sum(stages.values())
+    return [
+        f"Of the first {masks['rows']} rows, {masks['tokens']:,} tokens, {masks['supervised_tokens']:,} of them "
+        f"supervised, {masks['rows_that_differ']} differ from TRL's in an id or a label.\n",
+        "| stage of smolfactory | CPU seconds | share |",
+        "|---|---|---|",
+        *(f"| {stage} | {seconds:.2f} | {seconds / whole:.1%} |" for stage, seconds in stages.items()),
+        "",
+        "| turns of a conversation | CPU milliseconds | microseconds a turn |",
+        "|---|---|---|",
+        *(
+            f"| {turns} | {seconds * 1e3:.2f} | {seconds * 1e6 / int(turns):.0f} |"
+            for turns, seconds in closer["cpu_seconds_by_turns"].items()
+        ),
+        "",
+    ]
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -225,16 +309,22 @@ def main(argv: Sequence[str], command: str) -> int:
         "command": command,
         "environment": {name: value for name, value in environment(ROOT).items() if name != "command"},
         "repeats": given.repeats,
+        "cores": os.cpu_count(),
+        "load": [],
         "contenders": {name: [] for name in given.contenders},
+        "closer": None,
     }
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         rows = Path(folder) / "rows.jsonl"
         record["rows"] = write_rows(given.data, rows, copies=given.copies)
         for turn in range(given.repeats):
+            record["load"].append(round(os.getloadavg()[0], 2))
             for name, runs in record["contenders"].items():
                 runs.append(run_contender(name, rows, given.data))
                 rate = runs[-1]["tokens"] / runs[-1]["seconds"]
                 print(f"[{turn + 1}/{given.repeats}] {name}: {rate:,.0f} tokens/s", flush=True)
+        if set(given.contenders) == set(CONTENDERS):
+            record["closer"] = run_contender(CLOSER, rows, given.data)
     print("\n" + markdown(record))
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
