@@ -192,7 +192,7 @@ def _precision(config: RunConfig) -> Iterator[str]:
             yield (
                 f"model.attention={attention} computes in half precision only, and model.dtype={dtype} with "
                 f"training.precision={precision} gives it none; use training.precision=bf16 with model.dtype=float32, "
-                "or model.attention=sdpa"
+                "or model.attention=auto"
             )
 
 

@@ -77,7 +77,9 @@ def documents_mask(*, q_length: int, kv_length: int, **arguments: Any) -> torch.
     whole = q_length == kv_length > 1 and all(isinstance(offset, int) and offset == 0 for offset in offsets)
     if causal and whole and arguments.get("attention_mask") is None and arguments.get("local_size") in (None, window):
         return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, **(arguments | {"allow_is_causal_skip": False}))
+    # Without a mask, queries stand for all keys, or are the newest of them.
+    skips = arguments.get("allow_is_causal_skip", True) and q_length in (1, kv_length)
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, **(arguments | {"allow_is_causal_skip": skips}))
 
 
 def attend_documents(

@@ -7,15 +7,14 @@ next, with a healthy loss. So a model is asked before it trains on packs.
     packing = prove_attention(model, config.model.attention, packing=True, device=args.device, autocast=None)
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from transformers import PreTrainedModel, utils
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-from src.attention import DOCUMENTS, UnknownArgumentError, border_arguments, register_documents
+from src.attention import DOCUMENTS, border_arguments, register_documents
 from src.kernels import VARLEN_OPTIONS
 from utils.distributed import accelerator_name
 from utils.errors import UserError
@@ -25,6 +24,9 @@ log = get_logger(__name__)
 
 LONGEST_PROBED_WINDOW = 1024
 """Sliding windows up to this many tokens are probed with a document that is longer."""
+
+COMPARED_LOGITS = 4096
+"""Logits of a position that are compared, in twice the precision: those of all tokens would take gigabytes."""
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers, as configs name them, through which a document reaches another by attention alone."""
@@ -105,37 +107,60 @@ def prove_attention(
     Returns:
         Whether rows share packs: false too where `auto` found an architecture that carries documents into each other.
     Raises:
-        UserError: the attention that was asked for by name does not keep documents apart.
+        UserError: the attention that was asked for by name does not compute what the model means, or does not keep
+            documents apart.
     """
     if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
         if packing and kinds:
-            _tell_unpacked(model, f"it has layers of the kind {', '.join(sorted(kinds))}")
+            _tell_unpacked(model, UserError(f"it has layers of the kind {', '.join(sorted(kinds))}"))
         return packing and not kinds
     if model.device != device:
         model.to(device)
-    lengths = _probe_lengths(model)
+    own = model.config._attn_implementation
+    names = [own]
+    if requested == "auto" and model.is_backend_compatible():
+        names += [DOCUMENTS, "sdpa" if model._supports_sdpa else "eager"]
+    lengths, faults = _probe_lengths(model), {}
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        if requested == "auto" and model.config._attn_implementation == DOCUMENTS:
+        for shared in (True, False) if packing else (False,):
+            for name in dict.fromkeys(names):
+                model.set_attn_implementation(name)
+                fault = _fault(model, lengths, shared=shared)
+                if fault is None:
+                    if packing and not shared:
+                        _tell_unpacked(model, faults[name])
+                    elif name != own:
+                        log.warning("attention: %s instead of %s: %s", name, own, _in_short(faults[own]))
+                    return shared
+                if requested != "auto":
+                    raise fault
+                faults.setdefault(name, fault)
+    raise faults[own]
+
+
+def _fault(model: PreTrainedModel, lengths: tuple[int, int], *, shared: bool) -> UserError | None:
+    """What is wrong with a model's attention, if anything is, for rows that share packs or do not."""
+    try:
+        if model.config._attn_implementation == DOCUMENTS:
             _check_as_eager(model, lengths[0])
-        if not packing:
-            return False
-        try:
+        if shared:
             check_documents_apart(model, lengths=lengths)
-        except UserError as error:
-            if requested != "auto":
-                raise
-            _tell_unpacked(model, str(error).partition(": ")[2].partition(";")[0])
-            return False
-    return True
+    except UserError as error:
+        return error
+    return None
 
 
-def _tell_unpacked(model: PreTrainedModel, reason: str) -> None:
+def _in_short(error: UserError) -> str:
+    """What was found, without what to change."""
+    return str(error).partition(";")[0]
+
+
+def _tell_unpacked(model: PreTrainedModel, fault: UserError) -> None:
     log.warning(
-        "rows do not share packs, as %s cannot keep them apart: %s. Each micro-batch is padded to its longest row, "
-        "which costs time and memory as far as rows differ in length",
-        type(model).__name__,
-        reason,
+        "rows do not share packs: %s. Each micro-batch is padded to its longest row, which costs time and memory as "
+        "far as rows differ in length",
+        _in_short(fault),
     )
 
 
@@ -147,48 +172,54 @@ def _probe_lengths(model: PreTrainedModel) -> tuple[int, int]:
     return min(longer, getattr(config, "max_position_embeddings", None) or longer), 7
 
 
+@torch.no_grad()
 def _check_as_eager(model: PreTrainedModel, length: int) -> None:
-    """Take transformers' own choice of attention where `documents` does not compute what `eager` does."""
+    """Compare the logits of one document with those of eager attention, which holds all that the model means.
+
+    Raises:
+        UserError: they differ by more than rounding explains, or the model tells its attention what no kernel knows.
+    """
     [document] = _documents(model, (length,))
-    try:
-        own = _logits(model, [document])
-        with _attention(model, "eager"):
-            eager = _logits(model, [document])
-        apart = ((own - eager).norm() / eager.norm()).item()
-        reason = (
-            f"its logits are off by {apart:.2g} of those of eager attention" if not apart <= _rounding(model) else ""
-        )
-    except UnknownArgumentError as error:
-        reason = str(error).partition(";")[0]
-    if reason:
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        log.warning(
-            "attention: %s instead of %s: %s. Packs are masked, which costs time and memory with their length squared",
-            model.config._attn_implementation,
-            DOCUMENTS,
-            reason,
+    found = _logits(model, [document])
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    eager = _logits(model, [document])
+    model.set_attn_implementation(own)
+    difference = ((found - eager).norm() / eager.norm()).item()
+    if not difference <= _rounding(model):
+        raise UserError(
+            f"attention '{own}' is not what {type(model).__name__} means: logits differ from those of eager attention "
+            f"by {difference:.2g} of their norm; use another model.attention"
         )
 
 
 def check_documents_apart(model: torch.nn.Module, *, lengths: tuple[int, int] = (5, 7)) -> None:
-    """Compare the logits of two packed documents with those of each document alone.
+    """Look for a gradient from the second of two packed documents to the first, and compare the logits of both with
+    those of each document alone.
+
+    What is masked gets a gradient of exactly zero, so that the faintest path between documents is found, in weights of
+    any size and in any number format. The logits show whether positions start again.
 
     Args:
-        model: a causal language model on the device that trains it; its mode and the random state stay as they are.
+        model: a causal language model on the device that trains it; its mode, its gradients and the random state stay
+            as they are.
         lengths: tokens in the two documents.
     Raises:
-        UserError: the logits differ by more than rounding in the model's number format explains.
+        UserError: there is a gradient, or the logits differ by more than rounding explains.
     """
     documents = _documents(model, lengths)
-    packed = _logits(model, documents)
-    alone = torch.cat([_logits(model, [document]) for document in documents])
-    allowed = _rounding(model) * alone.abs().max().clamp(min=1.0)
-    difference = (packed - alone).abs().max()
-    if not difference <= allowed:
+    packed, reaching = _logits_and_gradient(model, documents)
+    with torch.no_grad():
+        alone = torch.cat([_logits(model, [document]) for document in documents])
+    allowed = (_rounding(model) * alone.abs().max()).item()
+    difference = (packed - alone).abs().max().item()
+    found = f"packed logits differ from those of each document alone by {difference:.3g} (allowed {allowed:.3g})"
+    if reaching:
+        found = "a gradient flows from the second to the first"
+    if reaching or not difference <= allowed:
         raise UserError(
             f"documents of a pack see each other in {type(model).__name__} with attention "
-            f"'{model.config._attn_implementation}': packed logits differ from those of each document alone by "
-            f"{difference:.3g} (allowed {allowed:.3g}); set data.packing=false, or another model.attention"
+            f"'{model.config._attn_implementation}', where {found}; set data.packing=false, or another model.attention"
         )
 
 
@@ -200,9 +231,26 @@ def _documents(model: torch.nn.Module, lengths: Sequence[int]) -> list[torch.Ten
     return [torch.randint(vocabulary, (1, length), generator=generator).to(weight.device) for length in lengths]
 
 
-@torch.no_grad()
+def _logits_and_gradient(model: torch.nn.Module, documents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """The logits of a pack, and whether a gradient goes from those of its last document to embeddings before it."""
+    embedded = []
+
+    def cut(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    with torch.enable_grad():
+        logits = _logits(model, documents)
+    hook.remove()
+    before = logits.shape[0] - documents[-1].shape[1]
+    weights = torch.randn(logits[before:].shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
+    [gradient] = torch.autograd.grad((logits[before:] * weights).sum(), embedded[-1:])
+    return logits.detach(), bool((gradient[:, :before] != 0).any())
+
+
 def _logits(model: torch.nn.Module, documents: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The logits of a pack of documents, (tokens, V), in float64, without dropout."""
+    """The logits of a pack of documents, (tokens, V or less), in float64, without dropout."""
     ids = torch.cat(list(documents), dim=1)
     lengths = [document.shape[1] for document in documents]
     places = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
@@ -212,7 +260,7 @@ def _logits(model: torch.nn.Module, documents: Sequence[torch.Tensor]) -> torch.
     model.eval()
     logits = model(input_ids=ids, position_ids=places, use_cache=False, **told).logits[0]
     model.train(training)
-    return logits.double()
+    return logits[:, :COMPARED_LOGITS].double()
 
 
 def _rounding(model: torch.nn.Module) -> float:
@@ -225,14 +273,3 @@ def _rounding(model: torch.nn.Module) -> float:
     coarse = weight.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(weight.device.type)
     coarse = coarse or hasattr(model.config, "quantization_config")
     return 0.05 if coarse else 1000 * torch.finfo(weight.dtype).eps
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Another attention for a while."""
-    own = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)

@@ -269,9 +269,11 @@ def _training(run: _Run) -> str:
         rows += [("epochs", str(run.get("training.epochs")))]
     if parameters := run.result.get("parameters"):
         rows += [("parameters", f"{parameters['trainable']:,} of {parameters['total']:,} train")]
-    rows += [("packing", "yes, attention never crosses rows" if run.get("data.packing") else "no")]
+    packing = run.result.get("packing", run.get("data.packing"))
+    rows += [("packing", "yes, attention never crosses rows" if packing else "no")]
     rows += [("precision", f"{run.get('training.precision')}, weights held in {run.get('model.dtype')}")]
-    rows += [("attention", run.get("model.attention")), ("seed", str(run.get("training.seed")))]
+    attention = run.result.get("attention", run.get("model.attention"))
+    rows += [("attention", attention), ("seed", str(run.get("training.seed")))]
     if run.base is None:
         shape = ", ".join(f"{key} {value}" for key, value in run.get("model.architecture", {}).items())
         rows.insert(0, ("architecture", shape))

@@ -116,6 +116,8 @@ class Run:
             "tokens": trainer.state.num_input_tokens_seen,
             "seconds": round(seconds, 1),
             "parameters": parameters,
+            "attention": trainer.model.config._attn_implementation,
+            "packing": len(trainer.train_dataset) < len(trainer.train_dataset.lengths),
             "first_loss": losses[0],
             "last_loss": losses[-1],
             "before": _evaluations(metrics, 0),

@@ -1,6 +1,7 @@
 """Attention keeps documents apart, and is what eager attention computes for each document alone."""
 
 import copy
+import json
 import logging
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen3Config,
     SmolLM3Config,
@@ -26,6 +28,7 @@ from src.attention import DOCUMENTS, UnknownArgumentError, attend_documents, bor
 from src.attention_choice import check_documents_apart, prove_attention, takes_borders, use_attention
 from src.kernels import attend_fused, attend_plainly
 from src.model import recompute_activations
+from tests.tiny_run import ARCHITECTURE, run_train, write_recipe
 from utils.errors import UserError
 
 VOCABULARY, WINDOW = 97, 8
@@ -286,20 +289,34 @@ def test_recomputed_activations_and_lora_change_nothing(checkpointing):
     assert difference(gradients[1], gradients[0]) <= 1e-5
 
 
-def short_convolutions():
-    config = Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"], block_ff_dim=96)
+def short_convolutions(spread=0.2):
+    config = Lfm2Config(**(SHAPE | {"initializer_range": spread}), layer_types=["conv", "full_attention"])
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_an_architecture_that_carries_documents_into_each_other_is_not_packed(told):
-    model = short_convolutions()
+@pytest.mark.parametrize("spread", [0.2, 0.01])  # small weights carry little, which rounding would explain
+def test_an_architecture_that_carries_documents_into_each_other_is_not_packed(told, spread):
+    model = short_convolutions(spread)
     use_attention(model, "auto")
     assert not prove_attention(model, "auto", packing=True, device=CPU, autocast=None)
     [warning] = told
-    assert "rows do not share packs, as Lfm2ForCausalLM cannot keep them apart: packed logits differ" in warning
+    assert "rows do not share packs: documents of a pack see each other in Lfm2ForCausalLM" in warning
     assert "padded to its longest row" in warning
     assert model.training
+
+
+def test_a_run_of_such_an_architecture_trains_one_document_a_row(tmp_path):
+    own = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
+    recipe = write_recipe(tmp_path, model={"architecture": ARCHITECTURE | own}, training={"max_steps": 1})
+    done = run_train("--config", recipe)
+    assert done.code == 0, done.stderr
+    assert "warning: rows do not share packs" in done.stderr
+    run = tmp_path / "outputs" / "run"
+    assert json.loads((run / "result.json").read_text())["packing"] is False
+    packs = json.loads((run / "data.json").read_text())["train_packs"]
+    assert packs["packs"] == packs["rows"] > 1
+    assert "| packing | no |" in (run / "README.md").read_text()
 
 
 def test_an_attention_asked_for_by_name_that_cannot_keep_documents_apart_is_an_error():
@@ -335,7 +352,32 @@ def test_an_attention_that_is_not_what_the_model_means_is_replaced(told, monkeyp
     _, model = eager_and_documents(ARCHITECTURES["mistral, window"])
     assert prove_attention(model, "auto", packing=True, device=CPU, autocast=None)
     assert model.config._attn_implementation == "sdpa"
-    assert "attention: sdpa instead of documents: its logits are off by" in told[0]
+    [warning] = told
+    assert "attention: sdpa instead of documents: attention 'documents' is not what MistralForCausalLM means" in warning
+
+
+def test_an_attention_that_lets_documents_see_each_other_gives_way_to_one_that_does_not(told):
+    # transformers gives the mask of gpt-oss no positions, so that only attention which is told borders keeps to them.
+    _, model = eager_and_documents(ARCHITECTURES["gpt-oss, sinks, window"])
+    model.set_attn_implementation("eager")
+    assert prove_attention(model, "auto", packing=True, device=CPU, autocast=None)
+    [warning] = told
+    assert model.config._attn_implementation == DOCUMENTS
+    assert "attention: documents instead of eager: documents of a pack see each other" in warning
+
+
+def test_an_architecture_that_tells_its_attention_more_takes_transformers_own_choice(told):
+    class Biased(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs, position_bias=None if self.training else 0)
+
+    torch.manual_seed(0)
+    model = Biased(copy.deepcopy(ARCHITECTURES["llama"]))
+    use_attention(model, "auto")
+    assert prove_attention(model, "auto", packing=True, device=CPU, autocast=None)
+    [warning] = told
+    assert model.config._attn_implementation == "sdpa"
+    assert "this model gives its attention position_bias" in warning
 
 
 def test_the_saved_model_names_no_attention_of_this_project(tmp_path):
