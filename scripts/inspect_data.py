@@ -81,8 +81,10 @@ def _show_left_out(data: TokenizedData, side: str | None) -> None:
     for name in ("train", "eval") if side is None else (side,):
         for row in data.left_out(name):
             tokens = "" if row.tokens is None else f" ({row.tokens:,} tokens)"
-            detail = f": {row.detail}" if row.detail else ""
-            print(without_controls(f"{name}: {row.origin}: {row.reason}{tokens}{detail}"))
+            place = (
+                row.detail if row.detail.startswith(row.origin) else ": ".join(filter(None, (row.origin, row.detail)))
+            )
+            print(without_controls(f"{name}: {row.reason}{tokens}: {place}"))
             count += 1
     print(f"{count:,} rows are left out or cut")
 
@@ -94,11 +96,12 @@ def _account(data: TokenizedData) -> Iterator[str]:
         if report is None:
             continue
         for source in report["sources"]:
-            dropped = "".join(f", {count} dropped ({reason})" for reason, count in source["dropped"].items())
+            lost = "".join(f", {count} refused ({kind})" for kind, count in source["refused"].items())
+            lost += "".join(f", {count} dropped ({reason})" for reason, count in source["dropped"].items())
             yield (
                 f"{side}: {source['path']} as {source['format']}: {source['rows_kept']:,} of {source['rows']:,} rows, "
                 f"{source['tokens']:,} tokens, {source['supervised_tokens']:,} supervised, longest row "
-                f"{source['longest_row_tokens']:,}{dropped}, {source['truncated']:,} truncated"
+                f"{source['longest_row_tokens']:,}{lost}, {source['truncated']:,} truncated"
             )
 
 

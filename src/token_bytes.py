@@ -123,7 +123,7 @@ def _reader(decoder: Sequence[dict[str, Any]]) -> Callable[[str], bytes] | None:
     """What tells the bytes of a token of the vocabulary; None for other decoders than the two kinds."""
     kinds = {step["type"] for step in decoder}
     if "ByteLevel" in kinds:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         return lambda token: bytes(alphabet.get(letter, NO_TEXT[0]) for letter in token)
     if "Metaspace" in kinds or {"type": "Replace", "pattern": {"String": SPACE}, "content": " "} in decoder:
         return _bytes_of_piece
@@ -135,7 +135,7 @@ def _bytes_of_piece(piece: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The letter that byte-level vocabularies write for each byte: itself where it can be seen, else one from 256 on.
 
     Source: GPT-2's encoder, https://github.com/openai/gpt-2/blob/9b63575ef42771a015060c964af2c3da4cf7c8ab/src/encoder.py

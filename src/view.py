@@ -16,6 +16,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from src.token_bytes import BYTE_PIECE, byte_alphabet
 from src.tokenization import IGNORED
 
 PieceKind = Literal["text", "special", "bytes"]
@@ -41,8 +42,8 @@ HEADER_PIECES = 80
 REPLACEMENT = "\ufffd"
 """What a tokenizer decodes to where bytes are no character."""
 
-BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-"""A byte as a SentencePiece vocabulary spells it."""
+BYTE_OF = byte_alphabet()
+"""The byte that each letter of a byte-level vocabulary stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class RowViewer:
         """The bytes that tokens spell; None if one of them spells characters."""
         found = b""
         for token in self.tokenizer.convert_ids_to_tokens(list(ids)):
-            match = BYTE_TOKEN.fullmatch(token)
+            match = BYTE_PIECE.fullmatch(token)
             if match:
                 found += bytes.fromhex(match[1])
             elif all(character in BYTE_OF for character in token):
@@ -169,20 +170,6 @@ class RowViewer:
             else:
                 return None
         return found
-
-
-def _byte_of() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for.
-
-    Source: GPT-2's vocabulary, where printable Latin-1 stands for itself and each other byte, in order, for a character
-    from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
-
-
-BYTE_OF = _byte_of()
 
 
 def find_turns(pieces: Sequence[Piece]) -> list[Turn]:

@@ -94,13 +94,17 @@ def test_a_side_without_rows_is_a_mistake(recipe):
     assert "error: --side eval: the recipe has no eval rows" in done.stderr
 
 
-def test_rows_left_out_are_shown_with_place_and_reason(recipe):
+def test_rows_left_out_are_shown_with_place_and_reason(recipe, tmp_path):
+    with open(tmp_path / "train.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"messages": [{"role": "user", "content": "never answered"}]}\n')
     *lines, count, account, _ = inspected(recipe, "--refused").stdout.splitlines()
-    too_long, leaked = sorted(lines)
-    assert re.fullmatch(r"train: \S+train\.jsonl line 2: too long \(\d+ tokens\)", too_long)
-    assert re.fullmatch(r"train: \S+train\.jsonl line 3: in train and eval", leaked)
-    assert count == "2 rows are left out or cut"
-    assert account.startswith("train: ")
+    leaked, refused, too_long = sorted(lines)
+    assert re.fullmatch(r"train: in train and eval: \S+train\.jsonl line 3", leaked)
+    assert re.match(r"train: refused: masked: \S+train\.jsonl line 5 \w", refused)
+    assert re.fullmatch(r"train: too long \(\d+ tokens\): \S+train\.jsonl line 2", too_long)
+    assert count == "3 rows are left out or cut"
+    assert "2 of 4 rows" in account
+    assert ", 1 refused (masked), 1 dropped (too long), " in account
     assert inspected(recipe, "--refused", "--side", "eval").stdout.startswith("0 rows are left out or cut\n")
 
 

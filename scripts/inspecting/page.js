@@ -140,7 +140,7 @@ function item(entry, place) {
 
 // What the list shows of a row: where the search found something, or else how the first question begins.
 function startOf(entry) {
-  if (!entry.pieces) return inOneLine(reasonOf(entry).slice(0, 160));
+  if (!entry.pieces) return inOneLine(reasonOf(entry).replace(entry.origin, "").replace(/^[,: ]+/, "").slice(0, 160));
   entry.plain ??= entry.pieces.map((place) => (data.pieces[place][1] === 0 ? data.pieces[place][0] : " ")).join("");
   const found = state.q ? entry.plain.toLowerCase().indexOf(state.q.toLowerCase()) : -1;
   if (found >= 0) return inOneLine((found > 24 ? "…" : "") + entry.plain.slice(Math.max(0, found - 24), found + 120));
