@@ -38,6 +38,7 @@ def train(command: CommandLine) -> None:
     from src.model import context_length, load_model, load_settings, load_tokenizer, recompute_activations
     from src.packing import PackedRows
     from src.run import open_run, publish
+    from src.streaming import stream_datasets
     from src.trainer import SFTTrainer, training_arguments
     from utils.distributed import check_launch, check_world
     from utils.hub import check_access
@@ -65,12 +66,11 @@ def train(command: CommandLine) -> None:
 
     tokenizer = load_tokenizer(config.model)
     settings = load_settings(config.model, tokenizer)
-    data = build_datasets(
-        config.data,
-        tokenizer,
-        context_length=context_length(settings),
-        cache_folder=token_folder(config.data, config.output),
-    )
+    limits = {"context_length": context_length(settings), "cache_folder": token_folder(config.data, config.output)}
+    if config.data.streaming:
+        stream, data = stream_datasets(config.data, tokenizer, **limits)
+    else:
+        stream, data = None, build_datasets(config.data, tokenizer, **limits)
     enforce(data.findings)
     set_seed(config.training.seed)
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -81,7 +81,7 @@ def train(command: CommandLine) -> None:
         model, config.model.attention, packing=config.data.packing, device=args.device, autocast=autocast
     )
     packs_config = replace(config.data, packing=packing)
-    train_packs = PackedRows.of(data.train, packs_config)
+    train_packs = stream.packed(packing) if stream else PackedRows.of(data.train, packs_config)
     eval_packs = PackedRows.of(data.eval, packs_config) if data.eval else None
     if config.training.gradient_checkpointing:
         recompute_activations(model)
@@ -109,6 +109,8 @@ def train(command: CommandLine) -> None:
     run.record("data.json", data.report | packs, matters=("sha256",))
 
     trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    if stream:  # what became of its rows is known only now
+        run.record("data.json", train_packs.report(data.report, trainer.feed.tallies) | packs)
     if eval_packs:
         trainer.evaluate_once()
     run.export(trainer)

@@ -216,6 +216,7 @@ def _data(config: RunConfig) -> Iterator[str]:
             f"data.eval and data.eval_fraction={data.eval_fraction} exclude each other; leave out data.eval_fraction, "
             "or the sources of data.eval"
         )
+    yield from _streaming(config)
     for part, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources):
             yield from _source(source, f"data.{part}.{index}")
@@ -228,6 +229,24 @@ def _data(config: RunConfig) -> Iterator[str]:
                 f"data.eval.{index}.{key}={getattr(source, key)} is given, and evaluation rows are measured once each; "
                 "leave it out"
             )
+
+
+def _streaming(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if not data.streaming:
+        for key in _changed(data, ("stream_window_rows",)):
+            yield f"data.{key}={getattr(data, key)} has no meaning without data.streaming; set that, or leave it out"
+        return
+    if config.training.max_steps is None:
+        yield (
+            "data.streaming does not know how many rows there are, so training.epochs tells no end; give "
+            "training.max_steps"
+        )
+    if data.eval_fraction:
+        yield (
+            f"data.eval_fraction={data.eval_fraction} sets rows aside before training, and data.streaming reads them "
+            "while it goes on; name sources in data.eval instead"
+        )
 
 
 def _source(source: SourceConfig, name: str) -> Iterator[str]:

@@ -214,6 +214,16 @@ class DataConfig:
     into pieces (texts only), or an error. `auto`: texts are split, other rows left out. The number of rows and of
     supervised tokens lost is always told."""
 
+    streaming: bool = False
+    """Whether the training rows are read while the run goes on and kept nowhere, as sources larger than the disk need:
+    files are read line by line, Hub data sets from the Hub. Needs `training.max_steps`, and `data.eval` in place of
+    `eval_fraction`. Rows are packed and shuffled within windows of `stream_window_rows`, and equal ones are not found.
+    Weights are then shares of the rows that are read, and each epoch reads the same ones."""
+
+    stream_window_rows: int = _limited(10_000, ge=1)
+    """Rows of a stream that are read, packed and shuffled together, at least 1; so many are held in memory, and read
+    before the first step."""
+
     packing: bool = True
     """Whether rows share packs of `max_length` tokens. Attention never crosses from one row to another, so the loss is
     the same; only padding is saved."""

@@ -140,6 +140,10 @@ class Tally:
             self._name(kind, origins)
         self.reasons = other.reasons | self.reasons
 
+    def rows_read(self) -> int:
+        """The rows that were read, if no other tally counts some of them."""
+        return self.rows + self.defects["leak"]
+
     def as_json(self) -> dict[str, Any]:
         """The counts as plain JSON."""
         counts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}

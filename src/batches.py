@@ -24,8 +24,8 @@ from src.packing import FILLER, PackedRows
 
 SORTED_TOGETHER = 32
 """Micro-batches' worth of packs that are sorted by length together, though never more than a quarter of all. The more
-they are, the less padding is left (0.06 of all tokens at 8, 0.02 at 32), and the less new company a pack gets in the
-next epoch."""
+they are, the less padding is left (of 8192 tokens with rows of GSM8K and GPTeacher, 0.10 at 8 and 0.03 at 32), and the
+less new company a pack gets in the next epoch."""
 
 Item = TypeVar("Item")
 Packs = list[dict[str, np.ndarray]]

@@ -47,7 +47,9 @@ IN_USE = "in_use"
 POLL_S = 0.2
 """Seconds between two looks at whether another process is done."""
 
-NO_MATTER = frozenset({"workers", "cache_folder", "cache_gib", "packing", "seed", "contract"})
+NO_MATTER = frozenset(
+    {"workers", "cache_folder", "cache_gib", "packing", "streaming", "stream_window_rows", "seed", "contract"}
+)
 """Fields of DataConfig that change no token row, or only the order in which rows are taken; every other one is in the
 key."""
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig, OutputConfig, SourceConfig
@@ -29,7 +30,7 @@ from src.eviction import keep_within
 from src.formats import Conversation, row_converter
 from src.mixing import mixed_order, rows_of_a_pass
 from src.packing import length_percentiles, row_lengths
-from src.preparation import OpenSource, Preparation, content_hash, read_conversations
+from src.preparation import OpenSource, Preparation, content_hash, read_conversations, read_hashes
 from src.sources import open_source
 from src.tokenization import RowEncoder
 from utils.digests import Digests
@@ -42,7 +43,16 @@ log = get_logger(__name__)
 DIGESTS = "digests.json"
 """File in the cache folder that remembers what data files hold."""
 
-__all__ = ["TokenizedData", "build_datasets", "content_hash"]
+__all__ = [
+    "TokenizedData",
+    "account",
+    "build_datasets",
+    "content_hash",
+    "known_digests",
+    "open_sources",
+    "token_rows",
+    "totals",
+]
 
 
 @dataclass(frozen=True)
@@ -54,15 +64,17 @@ class TokenizedData:
     place where the row was read. Both are mapped from disk. `eval` is None without evaluation rows;
     `eval_conversations` are those of its conversations that end with an answer, in order (none for texts). `report` is
     plain JSON. `findings` are the defects that rows have, for `src.contract.enforce`; `left_out("train")` reads from
-    disk which rows are not trained on, or are cut, and why.
+    disk which rows are not trained on, or are cut, and why; `hashes()` those of all rows. `train` is None where its
+    sources are streamed, see `src.streaming`.
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | None
     eval: datasets.Dataset | None
     eval_conversations: list[Conversation]
     report: dict[str, Any]
     findings: list[Finding]
     left_out: Callable[[str], Iterator[LeftOut]]
+    hashes: Callable[[], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,29 @@ def build_datasets(
             not right is left out, and is among the findings.
         ContractError: no row is left, and more of them have a defect than may have it.
     """
+    if config.streaming:
+        raise UserError(
+            "data.streaming keeps no rows, and all are wanted here; set data.streaming=False, and "
+            "data.train.0.max_rows for a part of them"
+        )
+    digests = known_digests(cache_folder)
+    sources, encoder = open_sources(config, tokenizer, context_length, digests)
+    return token_rows(config, tokenizer, sources, encoder, digests, cache_folder)
+
+
+def known_digests(cache_folder: Path | None) -> Digests:
+    """What earlier runs found that data files hold."""
+    return Digests(cache_folder / DIGESTS if cache_folder else None)
+
+
+def open_sources(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, digests: Digests
+) -> tuple[list[OpenSource], RowEncoder]:
+    """The sources of a run, those of evaluation first, and what encodes their rows.
+
+    Raises:
+        UserError: a source, template or length is not right.
+    """
     if not config.train:
         raise UserError("data.train names no source; give at least one, as in data.train.0.path=rows.jsonl")
     if context_length is not None and config.max_length > context_length:
@@ -112,10 +147,12 @@ def build_datasets(
             f"data.max_length={config.max_length} exceeds the model's context of {context_length} tokens; lower it to "
             f"{context_length} or less"
         )
-    digests = Digests(cache_folder / DIGESTS if cache_folder else None)
     given = [(f"data.eval.{i}", source, "eval") for i, source in enumerate(config.eval)]
     given += [(f"data.train.{i}", source, "train") for i, source in enumerate(config.train)]
-    sources = [_open(source, name, index, side, digests) for index, (name, source, side) in enumerate(given)]
+    sources = [
+        _open(source, name, index, side, digests, streams=config.streaming and side == "train")
+        for index, (name, source, side) in enumerate(given)
+    ]
     _check_too_long(config, sources)
     encoder = RowEncoder.of(
         tokenizer,
@@ -127,6 +164,22 @@ def build_datasets(
     )
     if any(source.convert.format == "text" for source in sources) and tokenizer.eos_token is None:
         log.warning("the tokenizer has no eos_token, so texts end without one; name it in model.special_tokens")
+    return sources, encoder
+
+
+def token_rows(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[OpenSource],
+    encoder: RowEncoder,
+    digests: Digests,
+    cache_folder: Path | None,
+) -> TokenizedData:
+    """The token rows of sources, prepared or found prepared; see `build_datasets`.
+
+    Raises:
+        UserError: a row or the disk is not right.
+    """
     key = cache_key(config, tokenizer, [source.found for source in sources])
     temporary = None if cache_folder else Path(tempfile.mkdtemp(prefix="smolfactory-data-"))
     place = (cache_folder or temporary) / key
@@ -151,8 +204,8 @@ def build_datasets(
     return data
 
 
-def _open(source: SourceConfig, name: str, index: int, side: str, digests: Digests) -> OpenSource:
-    found = open_source(source, name, digests)
+def _open(source: SourceConfig, name: str, index: int, side: str, digests: Digests, *, streams: bool) -> OpenSource:
+    found = open_source(source, name, digests, streams=streams)
     convert = row_converter(found, source.format)
     unused = [column for column in found.columns if column not in convert.columns()]
     log.info(
@@ -201,12 +254,13 @@ def _load(sources: Sequence[_Prepared], config: DataConfig, encoder: RowEncoder)
     if not held_out and config.eval_fraction > 0:
         _check_split(train, config.eval_fraction, found)
         held_out = train
-    train_report = _report(train, config, "train", found)
+    train_report = _report(train, config, "train", found) if train else None
     eval_report = _report(held_out, config, "eval", found) if held_out else None
     rows = load_rows([shard for source in train for shard in source.shards], "train")
-    if any(source.weight or source.epochs > 1 for source in config.train):
+    if train and any(source.weight or source.epochs > 1 for source in config.train):
         rows = _mixed(rows, train_report["sources"], config)
     shards = [shard for source in held_out for shard in source.shards]
+    every_shard = [shard for source in sources for shard in source.shards]
     return TokenizedData(
         train=rows,
         eval=load_rows(shards, "eval"),
@@ -226,7 +280,8 @@ def _load(sources: Sequence[_Prepared], config: DataConfig, encoder: RowEncoder)
             "findings": [finding.as_json() for finding in found],
         },
         findings=found,
-        left_out=functools.partial(read_left_out, [shard for source in sources for shard in source.shards]),
+        left_out=functools.partial(read_left_out, every_shard),
+        hashes=functools.partial(map, read_hashes, every_shard),
     )
 
 
@@ -264,8 +319,22 @@ def _report(sources: Sequence[_Prepared], config: DataConfig, side: str, found: 
         rows = load_rows(source.shards, side)
         percentiles = length_percentiles(row_lengths(rows)) if rows else {}
         tally.tell(source.source.found.path, side, percentiles)
-        accounts.append(_account(source, tally, percentiles))
-    report = {
+        accounts.append(account(source.source, source.rows_read, tally, percentiles))
+    report = totals(accounts)
+    if report["rows_kept"] == 0:
+        lost = {f"refused: {kind}": count for kind, count in report["refused"].items()} | report["dropped"]
+        message = f"no {side} row is left: {lost or 'data.eval has all of them'}"
+        if report["dropped"]:
+            message += (
+                f"; raise data.max_length={config.max_length}, or set data.too_long=truncate (now {config.too_long})"
+            )
+        raise _nothing_left(message, found)
+    return report
+
+
+def totals(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The accounts of sources, and their sums."""
+    return {
         "sources": accounts,
         **{
             key: sum(account[key] for account in accounts)
@@ -283,26 +352,18 @@ def _report(sources: Sequence[_Prepared], config: DataConfig, side: str, found: 
             key: dict(sum((Counter(account[key]) for account in accounts), Counter())) for key in ("refused", "dropped")
         },
     }
-    if report["rows_kept"] == 0:
-        lost = {f"refused: {kind}": count for kind, count in report["refused"].items()} | report["dropped"]
-        message = f"no {side} row is left: {lost or 'data.eval has all of them'}"
-        if report["dropped"]:
-            message += (
-                f"; raise data.max_length={config.max_length}, or set data.too_long=truncate (now {config.too_long})"
-            )
-        raise _nothing_left(message, found)
-    return report
 
 
-def _account(prepared: _Prepared, tally: Tally, percentiles: dict[str, int]) -> dict[str, Any]:
-    found = prepared.source.found
+def account(source: OpenSource, rows_read: int, tally: Tally, percentiles: dict[str, int]) -> dict[str, Any]:
+    """What became of a source's rows, as plain JSON."""
+    found = source.found
     return {
         "path": found.path,
-        "format": prepared.source.convert.format,
+        "format": source.convert.format,
         "columns": list(found.columns),
         "sha256": found.sha256,
         "revision": found.revision,
-        "rows_read": prepared.rows_read,
+        "rows_read": rows_read,
         "rows_in_train_and_eval": tally.defects["leak"],
         "rows": tally.rows,
         "rows_kept": tally.rows_kept,

@@ -78,9 +78,7 @@ def file_rows(path: Path, shown: str) -> Iterator[Row]:
     if kind in (".parquet", ".arrow"):
         if compressed:
             raise UserError(f"{shown!r} is compressed from outside, which {kind} files do inside; unpack it")
-        rows = parquet_rows(path, shown) if kind == ".parquet" else arrow_rows(path, shown)
-        for number, (values, cleaned) in enumerate(rows, start=1):
-            yield Row(f"{shown} row {number}", values, cleaned)
+        yield from _numbered(parquet_rows(path, shown) if kind == ".parquet" else arrow_rows(path, shown), shown)
         return
     readers: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {".csv": _csv_rows, ".txt": _documents}
     opened, failures = _opener(path, shown)
@@ -89,6 +87,23 @@ def file_rows(path: Path, shown: str) -> Iterator[Row]:
             yield from readers.get(kind, _json_rows)(file, shown)
     except failures as error:
         raise UserError(f"{shown} is damaged: it cannot be unpacked ({error}); make or copy it again") from error
+
+
+def open_rows(file: BinaryIO, kind: str, shown: str) -> Iterator[Row]:
+    """The rows of a json, jsonl or parquet file that is open, such as one on another machine.
+
+    Args:
+        kind: its ending.
+        shown: its name in origins and errors.
+    Raises:
+        UserError: it is damaged, or a row cannot be read; it names the line.
+    """
+    return _numbered(parquet_rows(file, shown), shown) if kind == ".parquet" else _json_rows(file, shown)
+
+
+def _numbered(rows: Iterable[tuple[dict[str, Any], frozenset[str]]], shown: str) -> Iterator[Row]:
+    for number, (values, cleaned) in enumerate(rows, start=1):
+        yield Row(f"{shown} row {number}", values, cleaned)
 
 
 def _opener(path: Path, shown: str) -> tuple[Callable[[], BinaryIO], tuple[type[Exception], ...]]:

@@ -44,6 +44,19 @@ def rows_of_a_pass(rows: Sequence[int], sources: Sequence[SourceConfig]) -> list
     return given
 
 
+def rows_of_a_window(weights: Sequence[float], window: int, rows: int) -> list[int]:
+    """How many rows each source gives to a window of a stream.
+
+    After any number of windows each source has given its share of all rows, to the nearest whole row.
+
+    Args:
+        window: its number, from 0.
+        rows: in a window, of all sources together.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    return [round(share * rows * (window + 1)) - round(share * rows * window) for share in shares]
+
+
 def mixed_order(rows: Sequence[int], sources: Sequence[SourceConfig], seed: int) -> numpy.ndarray:
     """The positions that make one pass, counted through the rows of all sources, one source after the other.
 

@@ -156,6 +156,10 @@ class PackedRows(torch.utils.data.Dataset):
         ids, labels = (_values(table[name]) for name in ("input_ids", "labels"))
         return {"input_ids": ids, "labels": labels, "lengths": self.lengths[self.packs[index]]}
 
+    def packs_rows(self) -> bool:
+        """Whether some rows share a pack."""
+        return len(self.packs) < len(self.lengths)
+
     @property
     def tokens(self) -> int:
         """Tokens of all rows, without padding."""

@@ -7,6 +7,7 @@
 While one batch is rendered and tokenized in the background, the next is read and the last is written.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -107,13 +108,15 @@ def _hashed(sample: Sample | Refusal) -> tuple[Sample | Refusal, int | None]:
 class Preparation:
     """What is known across sources: the hashes of rows that were seen, each the first 64 bits of its content's.
 
-    `shard_rows` are the rows read for one shard, a multiple of BATCH_ROWS.
+    `shard_rows` are the rows read for one shard, a multiple of BATCH_ROWS. `finds_repeats` is whether rows that
+    were seen are remembered.
     """
 
     config: DataConfig
     encoder: RowEncoder
     folder: Path
     shard_rows: int = SHARD_ROWS
+    finds_repeats: bool = True
     held_out: HashSet = field(default_factory=HashSet)
     seen: HashSet = field(default_factory=HashSet)
 
@@ -126,21 +129,29 @@ class Preparation:
         """
         shard = 0
         while (account := read_account(self._place(source, shard))) is not None:
-            self._remember(source, np.load(self._place(source, shard) / "hashes.npy"))
+            self._remember(source, read_hashes(self._place(source, shard)))
             if account["rows_read"] < self.shard_rows:
                 return
             shard += 1
         rows = itertools.islice(source.found, shard * self.shard_rows, None)
         per_shard = self.shard_rows // BATCH_ROWS
-        work = self._work(source)
-        with self._executor(work) as executor:
-            encoded = self._encoded(self._batches(source, rows), executor, work)
+        with contextlib.closing(self.encoded(source, rows)) as encoded:
             rows_read = self.shard_rows
             while rows_read == self.shard_rows:
                 with whole_folder(self._place(source, shard)) as place:
                     rows_read = self._write_shard(place, itertools.islice(encoded, per_shard))
                     source.found.check_unchanged()
                 shard += 1
+
+    def encoded(self, source: OpenSource, rows: Iterator[Row]) -> Iterator[tuple[Batch, list[TokenRow | Refusal]]]:
+        """Rows of a source in batches, each with its token rows, which are still to be kept or dropped.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        work = self._work(source)
+        with self._executor(work) as executor:
+            yield from self._encoded(self._batches(source, rows), executor, work)
 
     def _place(self, source: OpenSource, shard: int) -> Path:
         return self.folder / shard_name(source.index, shard)
@@ -205,7 +216,7 @@ class Preparation:
         """Take in the hashes of rows, and say which were there."""
         if source.side == "eval":
             self.held_out.add(hashes)
-        return self.seen.add(hashes)
+        return self.seen.add(hashes) if self.finds_repeats else np.zeros(len(hashes), dtype=bool)
 
     def _encoded(
         self, batches: Iterator[Batch], executor: Executor, work: Work
@@ -252,6 +263,11 @@ class Preparation:
 
 def _is_answered(sample: Sample, measured: set[str]) -> bool:
     return isinstance(sample, Conversation) and sample.origin in measured and sample.ends_with_answer()
+
+
+def read_hashes(shard: Path) -> np.ndarray:
+    """The hashes of the rows that were read for a shard, uint64 (rows,)."""
+    return np.load(shard / "hashes.npy")
 
 
 def read_conversations(shard: Path) -> list[Conversation]:

@@ -14,7 +14,7 @@ import functools
 import glob
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfFileSystem, hf_hub_download
 
 from config.schema import SourceConfig
-from src.files import COMPRESSIONS, FILE_TYPES, Row, file_rows, file_type, shorten
+from src.files import COMPRESSIONS, FILE_TYPES, Row, file_rows, file_type, open_rows, shorten
 from src.tables import data_set_rows
 from utils.digests import Digests
 from utils.errors import UserError
@@ -114,7 +114,9 @@ class SourceRows:
             )
 
 
-def open_source(source: SourceConfig, name: str, digests: Digests | None = None) -> SourceRows:
+def open_source(
+    source: SourceConfig, name: str, digests: Digests | None = None, *, streams: bool = False
+) -> SourceRows:
     """Find a source and look at its first rows.
 
     A path is a file; a glob such as `logs/*.jsonl`; a folder, of which the files are taken whose names say `split`, or
@@ -123,6 +125,7 @@ def open_source(source: SourceConfig, name: str, digests: Digests | None = None)
 
     Args:
         digests: what is known of the files from earlier runs; None: nothing.
+        streams: whether a Hub data set is read from the Hub each time, and not downloaded.
     Raises:
         UserError: the source is missing, empty or unreadable, or `columns` names a column that it does not have.
     """
@@ -138,7 +141,7 @@ def open_source(source: SourceConfig, name: str, digests: Digests | None = None)
     elif glob.has_magic(source.path):
         files = _of_glob(str(path), name)
     elif _may_be_on_hub(source.path):
-        read, revision = _on_hub(source, name)
+        read, revision = _on_hub(source, name, streams=streams)
     else:
         raise UserError(f"{name}.path={source.path!r} does not exist{_near_names(path)}")
     if files:
@@ -169,7 +172,7 @@ def _rows_of_files(files: Files, name: str) -> Iterator[Row]:
             raise UserError(f"{name}: {error}") from error
 
 
-def _table(table: datasets.Dataset, shown: str) -> Iterator[Row]:
+def _table(table: datasets.Dataset | datasets.IterableDataset, shown: str) -> Iterator[Row]:
     for number, (values, cleaned) in enumerate(data_set_rows(table), start=1):
         yield Row(f"{shown} row {number}", values, cleaned)
 
@@ -270,16 +273,22 @@ def _saved(folder: Path, source: SourceConfig, name: str) -> datasets.Dataset:
     return found[source.split]
 
 
-def _on_hub(source: SourceConfig, name: str) -> tuple[Callable[[], Iterable[Row]], str | None]:
+def _on_hub(source: SourceConfig, name: str, *, streams: bool) -> tuple[Callable[[], Iterable[Row]], str | None]:
     """What reads a Hub data set, and the Hub commit that the rows are from."""
     try:
         builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
         urls = (builder.config.data_files or {}).get(source.split, [])
         if urls and all(file_type(Path(url)) in (".json", ".jsonl", ".parquet") for url in urls):
-            files = tuple((_downloaded(url), f"{source.path} {url.rsplit('/', 1)[-1]}") for url in urls)
+            shown = [f"{source.path} {url.rsplit('/', 1)[-1]}" for url in urls]
+            if streams:
+                return functools.partial(_rows_of_urls, urls, shown, name), builder.hash
+            files = tuple(zip(map(_downloaded, urls), shown, strict=True))
             return functools.partial(_rows_of_files, files, name), builder.hash
-        builder.download_and_prepare()
-        table = builder.as_dataset(split=source.split)
+        if streams:
+            table = builder.as_streaming_dataset(split=source.split)
+        else:
+            builder.download_and_prepare()
+            table = builder.as_dataset(split=source.split)
     except (DatasetsError, OSError, ValueError) as error:
         raise UserError(
             f"{name}.path={source.path!r} is no local file, and loading it as a data set failed: "
@@ -287,6 +296,16 @@ def _on_hub(source: SourceConfig, name: str) -> tuple[Callable[[], Iterable[Row]
             f"split={source.split!r}, revision, your login (`hf auth login`) and the network"
         ) from error
     return functools.partial(_table, table, source.path), builder.hash
+
+
+def _rows_of_urls(urls: Sequence[str], shown: Sequence[str], name: str) -> Iterator[Row]:
+    """The rows of files on the Hub, each read while its rows are asked for."""
+    for url, file_shown in zip(urls, shown, strict=True):
+        try:
+            with HfFileSystem().open(url, "rb") as file:
+                yield from open_rows(file, Path(url).suffix.lower(), file_shown)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 def _downloaded(url: str) -> Path:

@@ -12,7 +12,7 @@ the JSON, and stays; so does a null in a list, and a column that is null for a r
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow
@@ -24,7 +24,7 @@ BATCH_ROWS = 1000
 """Rows of a table that become Python objects at once."""
 
 
-def parquet_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+def parquet_rows(path: Path | BinaryIO, shown: str) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
     """The rows of a parquet file, and the dotted names of the keys that were taken out of each.
 
     Raises:

@@ -9,6 +9,7 @@ accumulation step. Packs come in an order that depends on the seed alone.
 """
 
 import importlib.util
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,12 +28,16 @@ from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
 from src.loss import next_token_targets, supervised_nll
 from src.packing import IGNORED, PackCollator, PackedRows
+from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 from utils.logging import get_logger
 
 log = get_logger(__name__)
+
+STREAM = "stream.json"
+"""A checkpoint's file that says where the stream of rows stands."""
 
 
 def uses_autocast(precision: str) -> tuple[bool, bool]:
@@ -163,7 +168,7 @@ class SFTTrainer(Trainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         tokenizer: PreTrainedTokenizerBase,
-        train_packs: PackedRows,
+        train_packs: PackedRows | RowStream,
         eval_packs: PackedRows | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         keep_checkpoints: int = 2,
@@ -171,7 +176,7 @@ class SFTTrainer(Trainer):
     ) -> None:
         """
         Args:
-            train_packs, eval_packs: rows as packs.
+            train_packs, eval_packs: rows as packs; with a stream of them, `args` must have `max_steps`.
             tokens_per_micro_batch: most tokens in a micro-batch, padding included. None: `args` counts its packs.
             keep_checkpoints: newest checkpoints kept on disk.
         Raises:
@@ -206,7 +211,7 @@ class SFTTrainer(Trainer):
             processes=args.world_size,
             process=args.process_index,
         )
-        self.feed: PackFeed | None = None  # made when training begins
+        self.feed: PackFeed | StreamFeed | None = None  # made when training begins
         self.add_callback(_FeedPlace(self))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # supervised, all; since the last log
@@ -217,27 +222,30 @@ class SFTTrainer(Trainer):
         self._steps = 0  # optimizer steps that `_loss` holds
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer's, after a check that the model keeps the documents of a pack apart.
 
         Raises:
             UserError: it does not, or the loss stopped being finite.
         """
-        packs = any(len(pack) > 1 for pack in self.train_dataset.packs)
-        if packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.train_dataset.packs_rows() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             with self.accelerator.autocast():
                 check_documents_apart(self.accelerator.unwrap_model(self.model))
         if self.args.should_save:
             self.checkpoints.discard_unfinished()
-        self.feed = PackFeed(
-            self.train_dataset,
-            self._split,
-            seed=self.args.data_seed,
-            epochs=self.args.num_train_epochs,
-            max_steps=self.args.max_steps if self.args.max_steps > 0 else None,
-        )
+        self.feed = self._new_feed()
         self.args.max_steps = self.feed.steps
-        return super().train(*args, **kwargs)
+        if isinstance(self.feed, StreamFeed) and resume_from_checkpoint:
+            self.feed.load_state(json.loads((Path(resume_from_checkpoint) / STREAM).read_text(encoding="utf-8")))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _new_feed(self) -> PackFeed | StreamFeed:
+        """The micro-batches of the whole run."""
+        seed, max_steps = self.args.data_seed, self.args.max_steps if self.args.max_steps > 0 else None
+        if isinstance(self.train_dataset, RowStream):
+            return StreamFeed(self.train_dataset, self._split, seed=seed, steps=max_steps)
+        epochs = self.args.num_train_epochs
+        return PackFeed(self.train_dataset, self._split, seed=seed, epochs=epochs, max_steps=max_steps)
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of this process, each step's once it begins; none is prepared by Accelerate, which would split
@@ -373,5 +381,8 @@ class SFTTrainer(Trainer):
         self.stop_unless_finite()
         with self.checkpoints.writing(self.state.global_step, main=self.args.should_save):
             super()._save_checkpoint(model, trial)
+            if isinstance(self.feed, StreamFeed) and self.args.should_save:
+                folder = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
+                (folder / STREAM).write_text(json.dumps(self.feed.state()), encoding="utf-8")
             self.accelerator.wait_for_everyone()
         self.accelerator.wait_for_everyone()

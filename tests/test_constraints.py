@@ -93,6 +93,13 @@ def check(text, options):
             "--training.tokens_per_micro_batch 2047",
             ["training.tokens_per_micro_batch=2047 has no room", "data.max_length=2048"],
         ),
+        (VALID, "--data.streaming True", ["data.streaming", "give training.max_steps"]),
+        (
+            NO_EVAL,
+            "--data.streaming True --training.max_steps 9 --data.eval_fraction 0.1",
+            ["data.eval_fraction=0.1", "data.streaming", "name sources in data.eval"],
+        ),
+        (VALID, "--data.stream_window_rows 9", ["data.stream_window_rows=9", "without data.streaming"]),
         (VALID, "--optim.name sgd --optim.beta2 0.9", ["optim.beta2", "optim.name=sgd"]),
         (VALID, "--data.eval_fraction 0.1", ["data.eval", "data.eval_fraction=0.1"]),
         ("model: {path: a/b}", "", ["data.train is empty"]),
@@ -131,6 +138,7 @@ def test_fields_that_contradict_each_other_are_refused(text, options, parts):
         (VALID, "--tracking.report_to wandb --tracking.project x"),
         (VALID, "--data.eval [] --data.eval_fraction 0.1"),
         (VALID, "--training.tokens_per_micro_batch 2048"),
+        (VALID, "--data.streaming True --training.max_steps 9 --data.stream_window_rows 9"),
     ],
 )
 def test_fields_that_fit_each_other_are_accepted(text, options):
