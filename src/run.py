@@ -117,7 +117,7 @@ class Run:
             "seconds": round(seconds, 1),
             "parameters": parameters,
             "attention": trainer.model.config._attn_implementation,
-            "packing": len(trainer.train_dataset) < len(trainer.train_dataset.lengths),
+            "packing": trainer.train_dataset.packs_rows(),
             "first_loss": losses[0],
             "last_loss": losses[-1],
             "before": _evaluations(metrics, 0),
