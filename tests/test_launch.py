@@ -37,7 +37,10 @@ def test_two_launched_processes_end_with_the_weights_of_one(tmp_path):
     recipe = write_recipe(
         tmp_path,
         evaluation={"exact_match": True, "samples": 1},  # fewer questions than processes, then an odd number of them
-        data={"eval": [{"path": str(write_rows(tmp_path / "three.jsonl", chat_rows()[:3]))}]},
+        data={
+            "eval": [{"path": str(write_rows(tmp_path / "three.jsonl", chat_rows()[:3]))}],
+            "contract": {"leak": 1.0},
+        },
         training={"micro_batch_rows": 2, "accumulation_steps": 2, "max_steps": 5, "save_every_steps": 2},
     )
     done = run_train("--config", recipe, "--output.name", "one")
