@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,20 @@ from utils.distributed import check_world
 from utils.errors import UserError
 
 
-def launch(*arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def launch_command(*arguments: str | Path) -> list[str]:
     """`accelerate launch` with two processes, as the README has it for a machine without a GPU."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config/accelerate/ddp_cpu.yaml"]
-    command += ["--main_process_port", "0", "train.py", *map(str, arguments)]
+    return [*command, "--main_process_port", "0", "train.py", *map(str, arguments)]
+
+
+def launch(*arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, errors="replace", env={**os.environ, **(environment or {})}
+        launch_command(*arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(environment or {})},
     )
 
 
@@ -111,6 +121,99 @@ def test_a_run_of_two_processes_goes_on_with_two_or_one(tmp_path, processes):
         assert "warning: world_size was 2 when this run started and is 1 now" in second.stderr
         for name in whole:
             torch.testing.assert_close(weights[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+TIMEOUT_S = 5
+"""Seconds after which a collective that not all processes have come to ends the run."""
+
+LOCKS = Path("/proc/locks")
+needs_locks = pytest.mark.skipif(not LOCKS.is_file(), reason="the system does not tell who holds a lock (/proc/locks)")
+
+
+def long_recipe(folder: Path) -> Path:
+    """A recipe whose rows take a second or more to prepare, and whose processes wait TIMEOUT_S for each other."""
+    rows = [
+        {"prompt": f"count to {number} {'on ' * (number % 20)}", "completion": f"one {number}"}
+        for number in range(6000)
+    ]
+    plain = write_recipe(folder, data={"train": [{"path": str(write_rows(folder / "long.jsonl", rows))}]})
+    recipe = folder / "recipe.py"
+    recipe.write_text(
+        "import datetime, os, pathlib, torch\n"
+        "from config.loader import load_recipe\n"
+        "if 'RANK' in os.environ:\n"
+        f"    torch.distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds={TIMEOUT_S}))\n"
+        f"config = load_recipe(pathlib.Path({str(plain)!r}))\n"
+    )
+    return recipe
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen:
+    with open(log, "w") as errors:
+        return subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
+
+
+def preparing(cache: Path, *children: subprocess.Popen) -> int:
+    """The process that holds the lock of those who prepare data below `cache`, as soon as one does."""
+    while all(child.poll() is None for child in children):
+        inodes = {str(path.stat().st_ino) for path in cache.glob("*/lock")}
+        for line in LOCKS.read_text().splitlines():
+            _, kind, _, mode, pid, place, *_ = line.replace("-> ", "").split()
+            if (kind, mode) == ("FLOCK", "WRITE") and place.split(":")[-1] in inodes:
+                return int(pid)
+        time.sleep(0.002)
+    raise AssertionError("it ended before a process was seen to prepare")
+
+
+@pytest.mark.slow
+@needs_locks
+def test_one_process_prepares_for_longer_than_a_collective_may_take(tmp_path):
+    recipe, cache = long_recipe(tmp_path), tmp_path / "outputs" / ".data"
+    child = start(launch_command("--config", recipe), tmp_path / "log")
+    pid = preparing(cache, child)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(2 * TIMEOUT_S)
+    assert not list(cache.glob("*/complete.json")), "it was stopped too late to show anything"
+    os.kill(pid, signal.SIGCONT)
+    assert child.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert len(list(cache.glob("*/complete.json"))) == 1
+    assert json.loads((tmp_path / "outputs" / "run" / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+@needs_locks
+def test_a_launched_run_ends_where_the_process_that_prepares_is_killed_and_the_next_goes_on(tmp_path):
+    recipe, cache = long_recipe(tmp_path), tmp_path / "outputs" / ".data"
+    child = start(launch_command("--config", recipe), tmp_path / "log")
+    pid = preparing(cache, child)
+    os.kill(pid, signal.SIGKILL)
+    assert child.wait(120) != 0
+    log = (tmp_path / "log").read_text()
+    assert "SIGKILL" in log
+    assert f"(pid: {pid})" in log
+    assert not list(cache.glob("*/complete.json"))
+    again = launch("--config", recipe)
+    assert again.returncode == 0, again.stderr[-3000:]
+
+
+@pytest.mark.slow
+@needs_locks
+def test_a_run_goes_on_where_another_that_prepared_the_same_rows_is_killed(tmp_path):
+    recipe, cache = long_recipe(tmp_path), tmp_path / "outputs" / ".data"
+    runs = [
+        start([sys.executable, "train.py", "--config", str(recipe), "--output.name", name], tmp_path / name)
+        for name in ("one", "two")
+    ]
+    pid = preparing(cache, *runs)
+    killed = next(run for run in runs if run.pid == pid)
+    other = next(run for run in runs if run.pid != pid)
+    os.kill(pid, signal.SIGSTOP)  # so that the other is sure to wait for it
+    log = tmp_path / ("two" if killed is runs[0] else "one")
+    while "another process prepares the data" not in log.read_text() and other.poll() is None:
+        time.sleep(0.05)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert other.wait(300) == 0, log.read_text()[-3000:]
 
 
 def test_a_world_without_a_launcher_is_refused(tmp_path, monkeypatch):
