@@ -34,6 +34,7 @@ from src.formats import row_converter
 from src.preparation import OpenSource, Preparation
 from src.sources import open_source
 from src.tokenization import RowEncoder
+from tests.test_bad_input import small_disk
 from tests.toy_tokenizer import toy_tokenizer
 from utils.errors import UserError
 
@@ -266,6 +267,29 @@ def test_one_prepares_while_the_others_wait(tmp_path):
         thread.join()
     assert len(made) == 1
     assert found == ["whole"] * 3
+
+
+def test_a_disk_that_fills_up_is_told_and_the_next_run_goes_on(tmp_path):
+    rows = [{"prompt": f"question {n}", "completion": "yes " * 40 + str(n)} for n in range(2000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, disk = DataConfig(train=(SourceConfig(path=str(tmp_path / "a.jsonl")),), max_length=512), tmp_path / "disk"
+    whole = prepare(config, tmp_path / "whole", 500)
+    size = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    with small_disk(disk, int(0.6 * size)):
+        with pytest.raises(OSError, match="No space left on device"):
+            prepare(config, disk / "some", 500)
+        there = sorted(path.relative_to(disk / "some") for path in (disk / "some").glob("source-*/*"))
+        assert there == [path.relative_to(tmp_path / "whole") for path in whole[: len(there)]]
+        assert 0 < len(there) < len(whole)
+        assert all(read_account(disk / "some" / shard) is not None for shard in there)
+        with pytest.raises(
+            UserError, match=r"could not be written to .*No space left.*free some space, or give another"
+        ):
+            build_datasets(config, toy_tokenizer(), cache_folder=disk)
+        subprocess.run(["mount", "-o", f"remount,size={9 * size}", str(disk)], check=True)
+        prepare(config, disk / "some", 500)
+        assert bytes_below(disk / "some") == bytes_below(tmp_path / "whole")
+        assert len(build_datasets(config, toy_tokenizer(), cache_folder=disk).train) == 2000
 
 
 KILLED = """

@@ -151,7 +151,7 @@ print(made)
 
 
 def test_processes_that_prepare_and_remove_the_same_entries_never_read_half_of_one(tmp_path):
-    command = [sys.executable, "-c", RACE, str(tmp_path), "60"]
+    command = [sys.executable, "-c", RACE, str(tmp_path), "30"]
     children = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
