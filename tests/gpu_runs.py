@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from config.schema import EvaluationConfig, ModelConfig, OptimConfig, TrackingConfig, TrainingConfig
+from src.attention import register_documents
 from src.model import load_model, load_settings
 from src.packing import IGNORED, PackedRows
 from src.trainer import SFTTrainer, training_arguments
@@ -28,9 +29,15 @@ HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device(accelerator_name())
 VOCABULARY, LENGTH = 256, 192
 
+# Largest relative error of a loss and of the norm of a gradient, against float64 on the CPU. float32 has 24 bits, of
+# which sums over a few hundred terms leave 1e-6. bf16 has 8, so that a product is off by up to 4e-3; over layers the
+# errors of a gradient add up to some 1e-2, and those of a loss, a mean over tokens, cancel out.
+BOUNDS = {"float32": (1e-5, 1e-5), "bf16": (1e-3, 5e-2)}
+
 
 def small_model(*, attention="sdpa", seed=0, **settings):
     """Heads of 64, which every attention kernel takes, and weights large enough that attention matters."""
+    register_documents()
     torch.manual_seed(seed)
     shape = {
         "vocab_size": VOCABULARY,
@@ -43,9 +50,10 @@ def small_model(*, attention="sdpa", seed=0, **settings):
         "max_position_embeddings": 512,
         "pad_token_id": 0,
         "initializer_range": 0.1,
-        "attn_implementation": attention,
     }
-    return LlamaForCausalLM(LlamaConfig(**shape | settings))
+    model = LlamaForCausalLM(LlamaConfig(**shape | settings))
+    model.set_attn_implementation(attention)
+    return model
 
 
 def small_tokenizer():
