@@ -240,10 +240,11 @@ class DataConfig:
 
     unlike_served: Literal["train_as_served", "drop", "error"] = "train_as_served"
     """What happens to a conversation in which the chat template writes other text before a supervised turn than a
-    server would. `train_as_served`: where it writes an answer in another way once more messages follow, such as without
-    its reasoning, each supervised turn becomes a row of its own with the messages before it, as a server gives them;
-    what is unlike all the same, such as a prompt that opens reasoning which the row has not, is trained as it is
-    written. `drop`: left out; `error`: the run ends. Their number is always told."""
+    server would. `train_as_served`: trained, each turn with what a server gives before it, if need be as a row of its
+    own; what is unlike all the same, such as a prompt that opens reasoning which the row has not, is trained as it is
+    written. `drop`: left out; `error`: the run ends. Their number is always told. Apart from that, a conversation is
+    trained as a row for each turn wherever the template writes an answer in another way once more messages follow it,
+    such as without its reasoning."""
 
     allow_special_tokens_in_content: bool = False
     """Whether a special token's text inside a message, such as `<|im_end|>` in a question, becomes that token. Else it

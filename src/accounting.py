@@ -172,6 +172,8 @@ class Tally:
         self.special_text += row.special_text
         self.texts_split += row.piece == 1 and not row.turn_rows
         self.turn_by_turn += row.piece == 0 and row.turn_rows > 0
+        if row.clock_dependent:
+            self.defect("date_drift", row.origin)
         if row.unlike_served and not self._keep_unlike_served(row, config):
             return None
         supervised, length = row.supervised_tokens(), len(row.input_ids)

@@ -12,15 +12,16 @@ in; so a row costs one rendering. A row that cannot be trained on exactly has a 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from src.chat import ChatTemplate
 from src.formats import Conversation
 from src.refusal import Refusal, RowRefusedError
-from src.skeletons import STAND_IN, Shape, cut, skeleton_of, take_apart
+from src.skeletons import REASONING_TAG, STAND_IN, Shape, cut, skeleton_of, take_apart
 from src.turns import Cause, Layout, read_layout
 
-LAYOUTS_KEPT = 4096
+FORMS_KEPT = 4096
 LOST_WAY_OUT = "change the row, or give a template that writes it as model.chat_template"
 WAY_OUT = "as model.chat_template give one that does, or one with {% generation %} marks; or set data.supervise=all"
 
@@ -33,7 +34,7 @@ class RenderedChat:
     each ends with the turn's stop token. `contents` are the characters of the row's own texts. `unlike_served` says
     why the text before a supervised turn is not what a server would give; empty: it is. `lost_reasoning` counts the
     supervised turns whose reasoning the template leaves out. `rewritten`: up to the end of a supervised turn it writes
-    another text than where that turn is the last message.
+    another text than where that turn is the last message. `clock_dependent`: it writes the clock's date.
     """
 
     text: str
@@ -42,6 +43,7 @@ class RenderedChat:
     unlike_served: str = ""
     lost_reasoning: int = 0
     rewritten: bool = False
+    clock_dependent: bool = False
 
 
 def supervised_turns(conversation: Conversation, supervise: str) -> list[int]:
@@ -60,12 +62,27 @@ def supervised_turns(conversation: Conversation, supervise: str) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What is known of a shape: its layout or why there is none, whether the template writes the clock's date into it,
+    and the text of a special token that it has outside of its texts, such as in a tool's description, or nothing.
+    """
+
+    layout: Layout | Cause
+    clock_dependent: bool
+    special: str
+
+
+@dataclass(frozen=True)
 class TurnFinder:
-    """A template with what has been learned of it: the layouts of the shapes met so far."""
+    """A template with what has been learned of it: the forms of the shapes and supervised turns met so far.
+
+    `special_tokens_in_content`: the text of a special token in a row may become that token.
+    """
 
     template: ChatTemplate
     supervise: str = "assistant"
-    layouts: dict[tuple[Shape, tuple[int, ...]], Layout | Cause] = field(default_factory=dict)
+    special_tokens_in_content: bool = False
+    forms: dict[tuple[Shape, tuple[int, ...]], Form] = field(default_factory=dict)
 
     def find(self, conversations: Sequence[Conversation]) -> list[RenderedChat | Refusal]:
         """Render conversations and find the supervised turns.
@@ -100,32 +117,36 @@ class TurnFinder:
             RowRefusedError: the row cannot be trained on exactly.
         """
         shape, slots = take_apart(conversation)
-        layout = self.layouts.get((shape, wanted))
-        if layout is None:
-            if len(self.layouts) >= LAYOUTS_KEPT:
-                self.layouts.clear()
-            layout = self.layouts[shape, wanted] = self._learn(shape, wanted)
-        if isinstance(layout, Cause):
-            return self._from_marks(conversation, text, layout)
-        written, lengths = layout.pieces.filled(slots)
-        if written != text:
-            does = f"it writes these texts in a way of its own: {_difference(text, written)}"
-            return self._from_marks(conversation, text, Cause("unaligned", does))
-        contents = ()
-        if self.template.special_token.search("\0".join(slots)):
-            edges = layout.pieces.literals
-            starts = [0]
-            for literal in edges[:-1]:
-                starts.append(starts[-1] + len(literal))
-            contents = tuple(
-                (start + before, start + after)
-                for start, before, after in zip(starts[1:], lengths[:-1], lengths[1:], strict=True)
+        form = self.forms.get((shape, wanted))
+        if form is None:
+            if len(self.forms) >= FORMS_KEPT:
+                self.forms.clear()
+            form = self.forms[shape, wanted] = Form(
+                self._learn(shape, wanted), self.template.follows_clock(conversation), self._special_in(shape)
             )
-        if self.supervise == "all":
-            if layout.lost:
-                raise refused(conversation, layout.lost)
-            return RenderedChat(text, (), contents)
-        return self._chat(conversation, text, layout, lengths, contents, slots)
+        special = self.template.special_token.search("\0".join(slots))
+        layout, mismatch, written, lengths = form.layout, None, "", []
+        if isinstance(layout, Cause):
+            mismatch = layout
+        else:
+            written, lengths = layout.pieces.filled(slots)
+            if written != text:
+                does = f"it writes these texts in a way of its own: {_difference(text, written)}"
+                mismatch = Cause("unaligned", does)
+        if not self.special_tokens_in_content and (form.special or (special and mismatch)):
+            raise _special_text(conversation, form.special or special.group())
+        if mismatch:
+            chat = self._from_marks(conversation, text, mismatch)
+        else:
+            contents = _contents(layout, lengths) if special else ()
+            chat = self._chat(conversation, text, layout, lengths, contents, slots)
+        return replace(chat, clock_dependent=True) if form.clock_dependent else chat
+
+    def _special_in(self, shape: Shape) -> str:
+        """The text of a special token in the tools, or in what a message has beside its texts."""
+        parts = (REASONING_TAG.sub("", part) for part in shape if part[:1] in ("[", "{"))
+        found = next(filter(None, map(self.template.special_token.search, parts)), None)
+        return found.group() if found else ""
 
     def _chat(
         self,
@@ -136,6 +157,8 @@ class TurnFinder:
         contents: tuple[tuple[int, int], ...],
         slots: Sequence[str],
     ) -> RenderedChat:
+        if self.supervise == "all" and not layout.lost:
+            return RenderedChat(text, (), contents)
         spans, unlike, lost, rewritten = [], "", 0, False
         for index, turn in layout.turns.items():
             if turn.cause:
@@ -210,6 +233,28 @@ def without_stop(conversation: Conversation, turn: int, written: str) -> RowRefu
         "that writes the tokenizer's own as model.chat_template"
     )
     return RowRefusedError(Refusal(conversation.origin, "untrained_stop", reason))
+
+
+def _contents(layout: Layout, lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The characters of the row's own texts.
+
+    Args:
+        lengths: how long the first 0, 1, ... of them are.
+    """
+    starts = accumulate(len(literal) for literal in layout.pieces.literals[:-1])
+    return tuple(
+        (start + before, start + after) for start, before, after in zip(starts, lengths[:-1], lengths[1:], strict=True)
+    )
+
+
+def _special_text(conversation: Conversation, token: str) -> RowRefusedError:
+    """The error of a row in which a text would become a special token."""
+    reason = (
+        f"{conversation.origin} holds {token!r}, the text of a special token, where the chat template does not show "
+        "which part of its output is the row's own, such as in a tool; change the row, or set "
+        "data.allow_special_tokens_in_content=true to train on the token itself"
+    )
+    return RowRefusedError(Refusal(conversation.origin, "unaligned", reason))
 
 
 def _with_texts(reason: str, slots: Sequence[str]) -> str:

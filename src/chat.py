@@ -11,8 +11,8 @@ supervised is for `src.alignment` to find.
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, replace
+from datetime import date, datetime
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,9 @@ log = get_logger(__name__)
 
 CALL_STOPS = frozenset({"<|call|>", "<|eom_id|>"})
 """Tokens that end a turn which calls a tool, in families where no other turn ends with them."""
+
+CLOCK_PROBES = (datetime(2001, 2, 3, 4, 5, 6), datetime(2020, 12, 25, 16, 17, 18))
+"""Moments that differ in each part of a date and a time."""
 
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
@@ -87,9 +90,20 @@ class ChatTemplate:
         """The SHA-256 of the template's text."""
         return hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()
 
-    def asks_the_clock(self, conversation: Conversation) -> bool:
-        """Whether the template may write the clock's date into a conversation."""
-        return self.date_string is None and "strftime_now" in self.sources[bool(conversation.tools)]
+    def follows_clock(self, conversation: Conversation) -> bool:
+        """Whether the template writes the clock's date into a conversation, told by its output at two moments.
+
+        Where it asks the clock in a form that is not written out, it is taken to do so.
+        """
+        source = self.sources[bool(conversation.tools)]
+        if self.date_string is not None or "strftime_now" not in source:
+            return False
+        try:
+            clocks = [_with_clock_at(source, moment) for moment in CLOCK_PROBES]
+        except UserError:
+            return True
+        texts = [replace(self, sources=(clock, clock)).render_each([conversation])[0] for clock in clocks]
+        return texts[0] != texts[1]
 
     def writes_date(self) -> bool:
         """Whether the template knows a date, so that rows depend on the one it is given."""
@@ -128,10 +142,11 @@ class ChatTemplate:
             [list(conversation.messages) for conversation in conversations],
             tokenize=False,
             add_generation_prompt=generation_prompt,
-            **self._variables(conversations[0]),
+            **self.variables(conversations[0]),
         )
 
-    def _variables(self, conversation: Conversation) -> dict[str, object]:
+    def variables(self, conversation: Conversation) -> dict[str, object]:
+        """What the template is given beside the messages, and its text, as arguments of `apply_chat_template`."""
         given = {} if self.date_string is None else {"date_string": self.date_string}
         tools = list(conversation.tools) or None
         return {"tools": tools, "chat_template": self.sources[tools is not None], **given}
@@ -171,7 +186,10 @@ class ChatTemplate:
     def token_ids(self, conversation: Conversation) -> list[int]:
         """The ids that the tokenizer itself gives for a conversation, as a server would feed them."""
         return self.tokenizer.apply_chat_template(
-            list(conversation.messages), return_dict=True, **self._variables(conversation)
+            list(conversation.messages),
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
+            **self.variables(conversation),
         )["input_ids"]
 
     def marked_spans(self, conversation: Conversation) -> list[tuple[int, int]]:
@@ -180,8 +198,8 @@ class ChatTemplate:
             list(conversation.messages),
             return_dict=True,
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-            **self._variables(conversation),
+            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+            **self.variables(conversation),
         )
         spans: list[tuple[int, int]] = []
         inside = False

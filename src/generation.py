@@ -17,11 +17,26 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from src.alignment import supervised_spans
-from src.chat import ChatTemplate
+from src.chat import CALL_STOPS, ChatTemplate
 from src.formats import Conversation
 from src.refusal import Refusal
 from utils.distributed import accelerator_name
 from utils.errors import UserError
+
+QUESTION = {"role": "user", "content": "question"}
+ANSWER = {"role": "assistant", "content": "answer"}
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"city": "Oslo"}}, "id": "abcdefghi"}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "result", "name": "look_up", "tool_call_id": "abcdefghi"}
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "city"}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "look_up", "description": "weather", "parameters": CITY}}
+PROBES = (
+    Conversation((QUESTION, ANSWER), "answer"),
+    Conversation((QUESTION, CALLING), "call", (TOOL,)),
+    Conversation((QUESTION, {**CALLING, "content": "answer"}), "answer and call", (TOOL,)),
+    Conversation((QUESTION, CALLING, RESULT, ANSWER), "answer to a result", (TOOL,)),
+)
+"""Conversations that end with each kind of turn."""
 
 
 def load_for_generation(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -46,29 +61,35 @@ def load_for_generation(source: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let generation stop where it did, at the tokenizer's eos token and where its chat template ends a turn, and pad
-    as the tokenizer does."""
+    """Let generation stop where it did, at the tokenizer's eos token and wherever its chat template ends a turn of the
+    assistant, be it an answer or a call; and pad as the tokenizer does.
+    """
     generation = model.generation_config or GenerationConfig()
     given = generation.eos_token_id
     stops = [given] if isinstance(given, int) else list(given or [])
-    stops += [tokenizer.eos_token_id, _template_stop(tokenizer)]
+    stops += [tokenizer.eos_token_id, *_template_stops(tokenizer)]
     stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     generation.pad_token_id = tokenizer.pad_token_id
     model.generation_config = generation
 
 
-def _template_stop(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the chat template ends an assistant's turn with, or None where it does not show."""
-    turns = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+def _template_stops(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the chat template ends the assistant's turns with, each turn the last message, as it is trained.
+
+    A template also names tokens that it writes for tools of its own only; those that are known as such count too.
+    """
     try:
         template = ChatTemplate.of(tokenizer)
     except UserError:
-        return None
-    [chat] = supervised_spans(template, [Conversation(messages=turns, origin="probe")])
-    if isinstance(chat, Refusal):
-        return None
-    return tokenizer(chat.text[slice(*chat.spans[-1])], add_special_tokens=False)["input_ids"][-1]
+        return []
+    stops = []
+    for chat in supervised_spans(template, PROBES):
+        if not isinstance(chat, Refusal):
+            stops.append(tokenizer(chat.text[slice(*chat.spans[-1])], add_special_tokens=False)["input_ids"][-1])
+    named = sorted(token for token in CALL_STOPS if any(token in source for source in template.sources))
+    ids = tokenizer.convert_tokens_to_ids(named)
+    return stops + [number for number in ids if number in template.stop_ids]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:

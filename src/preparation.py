@@ -204,11 +204,8 @@ class Preparation:
 
     def _look_at(self, sample: Sample, tally: Tally) -> None:
         """Count what can be told of a row before it is tokenized."""
-        if isinstance(sample, Conversation):
-            if sample.has_empty_answer():
-                tally.note("empty_answers", sample.origin)
-            if self.encoder.template.asks_the_clock(sample):
-                tally.defect("date_drift", sample.origin)
+        if isinstance(sample, Conversation) and sample.has_empty_answer():
+            tally.note("empty_answers", sample.origin)
         if isinstance(sample, IdsRow) and sample.first_label_dropped:
             tally.note("first_labels", sample.origin)
 

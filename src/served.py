@@ -7,6 +7,8 @@ Some templates write an answer in another way once more messages follow it: they
 another token. A server asks for each answer while it is the last one. Such a conversation is therefore trained as one
 row for each supervised turn: the messages up to that turn, with that turn alone supervised. Where the whole reads, up
 to the end of each supervised turn, as it does with that turn as its last, one row gives the same and is kept.
+
+Which of them are unlike served even so, and what then, is for `src.accounting`.
 """
 
 from collections.abc import Sequence
@@ -36,13 +38,19 @@ def as_whole(finder: TurnFinder, conversations: Sequence[Conversation]) -> list[
     return [Part(conversation, chat) for conversation, chat in zip(conversations, chats, strict=True)]
 
 
-def as_served(finder: TurnFinder, conversations: Sequence[Conversation]) -> list[Part]:
+def as_served(finder: TurnFinder, conversations: Sequence[Conversation], *, keep_unlike: bool = True) -> list[Part]:
     """The conversations in order, one part each, or one for each supervised turn where the whole is not what is served.
 
     A conversation stays whole, with what is found of the whole, where one of its beginnings would be refused.
+
+    Args:
+        keep_unlike: whether a conversation is trained of which the whole has another text before a supervised turn than
+            a server would give; if not, it stays whole, for the caller to leave out.
     """
     whole = as_whole(finder, conversations)
-    turns = {at: _turns(part.conversation, finder) for at, part in enumerate(whole) if _may_gain(part.chat)}
+    turns = {
+        at: _turns(part.conversation, finder) for at, part in enumerate(whole) if _may_gain(part.chat, keep_unlike)
+    }
     beginnings = [_up_to(whole[at].conversation, turn) for at, own in turns.items() for turn in own]
     found = iter(as_whole(finder, beginnings))
     parts: list[Part] = []
@@ -55,9 +63,11 @@ def as_served(finder: TurnFinder, conversations: Sequence[Conversation]) -> list
     return parts
 
 
-def _may_gain(chat: RenderedChat | Refusal) -> bool:
+def _may_gain(chat: RenderedChat | Refusal, keep_unlike: bool) -> bool:
     """Whether the whole is not what is served, or does not show where its turns are."""
-    return chat.kind == "unaligned" if isinstance(chat, Refusal) else chat.rewritten
+    if isinstance(chat, Refusal):
+        return chat.kind == "unaligned"
+    return chat.rewritten and (keep_unlike or not chat.unlike_served)
 
 
 def _turns(conversation: Conversation, finder: TurnFinder) -> list[int]:

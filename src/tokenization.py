@@ -11,7 +11,7 @@ span and for no others, and the last of them is a stop token; a row is checked f
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from src.chat import ChatTemplate
 from src.content import ContentEncoder
 from src.formats import Conversation, TextRow
 from src.refusal import Kind, Refusal, RowRefusedError
-from src.served import Part, as_served, as_whole
+from src.served import Part, as_served
 from src.token_bytes import TokenBytes
 from src.token_spans import ByteTokens, OffsetTokens, TokenSpan
 from utils.errors import UserError
@@ -38,9 +38,9 @@ class TokenRow:
 
     `piece` counts the pieces of a text from 0, or the rows of a conversation that is trained turn by turn, of which
     there are `turn_rows`; both are 0 for a conversation that is one row. `joined_turns` counts the turns whose first
-    white space is not supervised, because the tokenizer joins it with the template's own. `unlike_served` and
-    `lost_reasoning` are those of `src.alignment.RenderedChat`; `special_text` says whether the row's texts hold that of
-    a special token.
+    white space is not supervised, because the tokenizer joins it with the template's own. `unlike_served`,
+    `lost_reasoning` and `clock_dependent` are those of `src.alignment.RenderedChat`; `special_text` says whether the
+    row's texts hold that of a special token.
     """
 
     input_ids: np.ndarray
@@ -52,6 +52,7 @@ class TokenRow:
     lost_reasoning: int = 0
     special_text: bool = False
     turn_rows: int = 0
+    clock_dependent: bool = False
 
     def supervised_tokens(self) -> int:
         """The number of tokens that the loss counts."""
@@ -64,8 +65,8 @@ class RowEncoder:
 
     `backend` is the tokenizer's own model without its post-processor: that one adds no token here, but may trim the
     white space from the offsets that tell where a token is. `template` and `finder` are None if there are only texts;
-    `content` is None where a special token's text in a message becomes that token. `by_turn`: a conversation that the
-    template writes otherwise than it is served becomes a row for each supervised turn.
+    `content` is None where a special token's text in a message becomes that token. `apart` gives the conversations,
+    or their beginnings, that become rows.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ class RowEncoder:
     template: ChatTemplate | None
     finder: TurnFinder | None
     content: ContentEncoder | None
-    by_turn: bool
+    apart: Callable[[TurnFinder, Sequence[Conversation]], list[Part]]
 
     @classmethod
     def of(
@@ -108,17 +109,17 @@ class RowEncoder:
         backend.encode_special_tokens = tokenizer.split_special_tokens
         backend.no_truncation()
         backend.no_padding()
-        finder = TurnFinder(template, supervise) if template else None
+        finder = TurnFinder(template, supervise, allow_special_tokens_in_content) if template else None
         content = ContentEncoder.of(tokenizer, backend) if chat and not allow_special_tokens_in_content else None
-        by_turn = unlike_served == "train_as_served"
-        return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template, finder, content, by_turn)
+        apart = functools.partial(as_served, keep_unlike=unlike_served == "train_as_served")
+        return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template, finder, content, apart)
 
     def encode_conversations(self, conversations: Sequence[Conversation]) -> list[TokenRow | Refusal]:
         """The rows of each conversation in order, uncut, with each supervised span checked; or why it has none.
 
         A conversation has one row, or where it is trained turn by turn several of the same origin; or one refusal.
         """
-        parts = (as_served if self.by_turn else as_whole)(self.finder, conversations)
+        parts = self.apart(self.finder, conversations)
         encoded = iter(self._encoded([part.chat.text for part in parts if not isinstance(part.chat, Refusal)]))
         begins_with_bos = bool(self.bos_ids())
         rows: list[TokenRow | Refusal] = []
@@ -201,6 +202,7 @@ class RowEncoder:
             lost_reasoning=chat.lost_reasoning,
             special_text=bool(chat.contents),
             turn_rows=part.turn_rows,
+            clock_dependent=chat.clock_dependent,
         )
 
     def _spans(self, tokens: ByteTokens | OffsetTokens, chat: RenderedChat, origin: str) -> list[TokenSpan]:

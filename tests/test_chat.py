@@ -1,6 +1,7 @@
 """Where the supervised characters are in what stock chat templates write."""
 
 import re
+import time
 from dataclasses import replace
 from datetime import date
 from typing import ClassVar
@@ -199,24 +200,42 @@ def test_turns_that_a_template_writes_in_another_way_in_history_are_found():
 
 
 class CountingTemplate(ChatTemplate):
-    """Notes how many conversations each call renders."""
+    """Notes how many characters each conversation renders to."""
 
-    asked: ClassVar[list[int]] = []
+    written: ClassVar[list[int]] = []
 
-    def render(self, conversations, *, generation_prompt=False):
-        self.asked.append(len(conversations))
-        return super().render(conversations, generation_prompt=generation_prompt)
+    def render_each(self, conversations, *, generation_prompt=False):
+        texts = super().render_each(conversations, generation_prompt=generation_prompt)
+        self.written += [len(text) for text in texts]
+        return texts
 
 
 def test_a_long_conversation_renders_as_many_prompts_as_one_of_a_few_turns():
-    counts = []
-    for turns in (20, 200):
-        CountingTemplate.asked.clear()
+    renderings, characters = [], []
+    for turns in (50, 200):
+        CountingTemplate.written.clear()
         template = CountingTemplate.of(family_tokenizer("Qwen-Qwen3-0.6B"))
         [chat] = supervised_spans(template, [talk(*["the cat"] * (2 * turns))])
         assert [chat.text[slice(*span)] for span in chat.spans[:-1]] == ["the cat<|im_end|>"] * (turns - 1)
-        counts.append(sum(template.asked))
-    assert counts[0] == counts[1] < 40
+        renderings.append(len(template.written))
+        characters.append(sum(template.written))
+    assert renderings[0] == renderings[1] < 40
+    assert characters[1] < 4.5 * characters[0]  # 4 times the turns
+
+
+def test_the_time_of_a_conversation_grows_with_its_turns_and_not_with_their_square():
+    template = ChatTemplate.of(family_tokenizer("Qwen-Qwen2.5-7B-Instruct"))
+
+    def seconds(turns):
+        conversation = talk(*["the cat"] * (2 * turns))
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            supervised_spans(template, [conversation])
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(1600) < 8 * seconds(400)  # 4 times where linear, 16 where it is the square; the rest is noise
 
 
 def test_generation_marks_tell_the_spans_where_the_prompt_does_not():
@@ -269,6 +288,50 @@ def test_a_template_that_asks_the_clock_gets_the_given_day(caplog):
     assert "today's date" not in caplog.text
     assert ChatTemplate.of(tokenizer, None).render([talk("a", "One.")]) == [today]
     assert "writes today's date into every row" in caplog.text
+
+
+def clock_dependent(template, conversation, day=None):
+    [chat] = TurnFinder(ChatTemplate.of(toy_tokenizer(template), day)).find([conversation])
+    return chat.clock_dependent
+
+
+def test_a_row_is_told_into_which_the_template_writes_the_clocks_date():
+    names = ("openai-gpt-oss-120b", "meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.1-8B-Instruct")
+    for name, follows in zip(names, (True, True, False), strict=True):
+        for day in (None, "2024-07-26"):
+            [chat] = TurnFinder(ChatTemplate.of(family_tokenizer(name), day)).find([talk("a", "One.")])
+            assert chat.clock_dependent == (follows and day is None)
+    with_system = "{% if messages[0]['role'] == 'system' %}{{ strftime_now('FORM') }}{% endif %}" + CHATML
+    for form, follows in (("%d %b %Y", True), ("%H:%M", True), ("%A", True), ("now", False)):
+        template = with_system.replace("FORM", form)
+        assert clock_dependent(template, talk(("system", "S."), ("user", "a"), ("assistant", "b"))) == follows
+        assert not clock_dependent(template, talk("a", "b"))
+    assert clock_dependent("{% set f = '%Y' %}{{ strftime_now(f) }}" + CHATML, talk("a", "b"))
+    assert not clock_dependent(CHATML, talk("a", "b"))
+
+
+@pytest.mark.parametrize("supervise", ["assistant", "all"])
+def test_text_of_a_special_token_that_cannot_be_told_from_the_token_refuses_the_row(supervise):
+    tokenizer = family_tokenizer("Qwen-Qwen2.5-7B-Instruct")
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"city": "Oslo"}}}
+    tool = {"type": "function", "function": {"name": "look_up", "description": "Weather", "parameters": {}}}
+    bad_call = {**call, "function": {**call["function"], "name": "look<|im_end|>up"}}
+    bad_tool = {**tool, "function": {**tool["function"], "description": "Weather<|im_end|>"}}
+
+    def found(call, tool, allowed=False):
+        messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]})
+        finder = TurnFinder(ChatTemplate.of(tokenizer), supervise, allowed)
+        return finder.find([Conversation(messages, "row", (tool,))])[0]
+
+    assert not isinstance(found(call, tool), Refusal)
+    for refusal in (found(bad_call, tool), found(call, bad_tool)):
+        assert refusal.kind == "unaligned"
+        assert re.search(r"holds '<\|im_end\|>'.*data\.allow_special_tokens_in_content=true", refusal.reason)
+    assert not isinstance(found(call, bad_tool, allowed=True), Refusal)
+    upper = toy_tokenizer(CHATML.replace("m['content']", "m['content']|replace('a', 'b')"))
+    if supervise == "all":  # whose spans need not show, but its texts are not where they are expected
+        assert not isinstance(TurnFinder(ChatTemplate.of(upper), "all").find([talk("a", "One.")])[0], Refusal)
+        assert refusal_of(upper, talk("a<|im_end|>", "One."), "all")[0] == "unaligned"
 
 
 def test_a_date_that_is_none_is_refused():

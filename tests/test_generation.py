@@ -1,11 +1,16 @@
 """Answers: batched as alone, ended where they should, drawn by the seed."""
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from src.evaluation import answer_conversations
 from src.formats import Conversation
-from src.generation import generate, load_for_generation, render_prompt
+from src.generation import generate, load_for_generation, render_prompt, set_stops
+from src.refusal import Refusal
+from src.tokenization import IGNORED, RowEncoder
+from tests.test_served import SERVED, tokenizer_and_rows
 from tests.tiny_run import conversation, from_checkpoint, run_train, write_checkpoint, write_recipe, write_rows
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from utils.errors import UserError
@@ -77,6 +82,33 @@ def test_an_adapters_answers_stop_where_its_own_template_does(tmp_path):
     assert set(model.generation_config.eos_token_id) == set(
         base.convert_tokens_to_ids(["<|end_of_text|>", "<|im_end|>"])
     )
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_generation_stops_at_every_token_that_a_turn_is_trained_to_end_with(checkpoint, name):
+    tokenizer, conversations = tokenizer_and_rows(name)
+    trained = set()
+    encoder = RowEncoder.of(tokenizer, allow_special_tokens_in_content=True)
+    for row in encoder.encode_conversations(list(conversations.values())):
+        if not isinstance(row, Refusal):
+            supervised = row.labels != IGNORED
+            ends = supervised & ~np.append(supervised[1:], False)
+            trained |= set(row.input_ids[ends].tolist())
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.generation_config.eos_token_id = None
+    set_stops(model, tokenizer)
+    stops = model.generation_config.eos_token_id
+    assert trained
+    assert trained <= {stops} if isinstance(stops, int) else trained <= set(stops)
+
+
+def test_generation_stops_after_calls_as_their_templates_end_them(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for name, expected in (("gptoss", {"<|return|>", "<|call|>"}), ("llama3_1", {"<|eot_id|>", "<|eom_id|>"})):
+        tokenizer, _ = tokenizer_and_rows(name)
+        model.generation_config.eos_token_id = None
+        set_stops(model, tokenizer)
+        assert set(tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)) == expected
 
 
 def test_drawn_answers_depend_on_the_seed_and_greedy_ones_do_not(checkpoint):

@@ -153,16 +153,26 @@ def test_only_what_is_supervised_is_trained_turn_by_turn():
     tokenizer = family_tokenizer("Qwen-Qwen3-0.6B")
     conversation = talk("a", "One.", "b", "Two.", "c", "Three.")
 
-    def answers(supervise="assistant", unlike_served="train_as_served", untrained=()):
+    def answers(supervise="assistant", untrained=()):
         row = Conversation(conversation.messages, "row", untrained=untrained)
-        rows = RowEncoder.of(tokenizer, supervise, unlike_served=unlike_served).encode_conversations([row])
+        rows = RowEncoder.of(tokenizer, supervise).encode_conversations([row])
         return [[run.split("\n")[-1].removesuffix("<|im_end|>") for run in supervised_runs(tokenizer, r)] for r in rows]
 
     assert answers() == [["One."], ["Two."], ["Three."]]
     assert answers(untrained=(1,)) == [["Two."], ["Three."]]
     assert answers("last_turn") == [["Three."]]
     assert answers("completion") == [["Three."]]
-    assert answers(unlike_served="drop") == answers(unlike_served="error") == [["One.", "Two.", "Three."]]
+
+
+@pytest.mark.parametrize("unlike_served", ["drop", "error"])
+def test_a_conversation_that_is_not_to_be_trained_where_it_is_unlike_served_stays_whole_there(unlike_served):
+    conversation = talk("a", "One.", "b", "Two.")
+    for name, rows_as_served, rows_else in (("qwen3", 2, 2), ("qwen3_5_think", 2, 1)):
+        tokenizer, _ = tokenizer_and_rows(name)
+        assert len(RowEncoder.of(tokenizer).encode_conversations([conversation])) == rows_as_served
+        rows = RowEncoder.of(tokenizer, unlike_served=unlike_served).encode_conversations([conversation])
+        assert len(rows) == rows_else
+        assert all(bool(row.unlike_served) == (rows_else == 1) for row in rows)
 
 
 def test_a_conversation_is_one_row_where_the_template_writes_every_turn_as_a_last_one():

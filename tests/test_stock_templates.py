@@ -5,6 +5,7 @@ tokens are what is supervised, but for two things: a twin may also mark what the
 stands after the stop token; both are taken off before masks are compared.
 """
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from src.alignment import TurnFinder
 from src.chat import ChatTemplate
 from src.formats import Conversation
 from src.refusal import Refusal
+from src.served import as_whole
 from src.tokenization import IGNORED, RowEncoder
 from tests.chat_battery import battery, template_tokenizer
 from tests.toy_tokenizer import family_tokenizer
@@ -56,7 +58,7 @@ def twin_mask(
         return_dict=True,
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},
-        **twin._variables(conversation),
+        **twin.variables(conversation),
     )
     [text] = stock.render([conversation])
     mask = [bool(marked) for marked in encoded["assistant_masks"]]
@@ -93,7 +95,7 @@ def outcome(name: str) -> tuple[int, dict[str, Refusal], list[str]]:
     source = (folder / f"{name}.jinja").read_text(encoding="utf-8")
     marked = folder / f"{name}_training.jinja"
     tokenizer = template_tokenizer(source, stops[0])
-    encoder = RowEncoder.of(tokenizer, allow_special_tokens_in_content=True, unlike_served="drop")
+    encoder = replace(RowEncoder.of(tokenizer, allow_special_tokens_in_content=True), apart=as_whole)
     twin = None
     if marked.is_file():
         other = template_tokenizer(source, stops[0])

@@ -180,6 +180,16 @@ def test_rows_without_text_of_special_tokens_are_encoded_alike_in_both_ways():
         assert found.tolist() == expected.tolist()
 
 
+def test_rows_beyond_the_tokenizers_own_limit_raise_no_warning():
+    tokenizer = toy_tokenizer()
+    tokenizer.model_max_length = 8
+    [row] = RowEncoder.of(tokenizer).encode_conversations([talk("a", "0123456789")])
+    assert len(row.input_ids) > 8
+    assert not tokenizer.deprecation_warnings  # those that the library has given, each once
+    tokenizer("0123456789")
+    assert tokenizer.deprecation_warnings
+
+
 def test_a_text_is_bos_text_eos_with_all_but_its_first_token_supervised():
     tokenizer = toy_tokenizer(None, bos="<s>", eos="</s>", adds_bos=True)
     [row] = RowEncoder.of(tokenizer, "assistant", chat=False).encode_texts([TextRow("abc", "f")], 64)
