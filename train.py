@@ -36,6 +36,7 @@ def train(command: CommandLine) -> None:
     from src.contract import enforce
     from src.data import build_datasets, token_folder
     from src.model import context_length, load_model, load_settings, load_tokenizer, recompute_activations
+    from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
     from src.streaming import stream_datasets
@@ -105,7 +106,7 @@ def train(command: CommandLine) -> None:
         check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
     run.record("config.json", to_dict(config), matters=("",))
     run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))
-    packs = {"train_packs": train_packs.describe(config.data.max_length)}
+    packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)
     run.record("data.json", data.report | packs, matters=("sha256",))
 
     trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))

@@ -24,6 +24,7 @@ from config.schema import ModelConfig, RunConfig
 from src.contract import ContractError, Finding, percent
 from src.data import build_datasets, token_folder
 from src.model import context_length, load_settings, load_tokenizer
+from src.pack_report import pack_report
 from src.packing import PackedRows
 from utils.errors import UserError
 from utils.logging import set_up_logging
@@ -44,10 +45,11 @@ def prepare(config: RunConfig) -> int:
         print(str(error).splitlines()[0])
         print("\n".join(findings_table(error.findings)))
         return 1
-    for side, rows in (("train", data.train), ("eval", data.eval)):
-        if rows is not None:
-            packs = PackedRows.of(rows, config.data).describe(config.data.max_length)
-            print("\n".join(account_lines(side, data.report[side], packs, config.data.max_length)))
+    sides = {"train": data.train, "eval": data.eval}
+    packs = {side: PackedRows.of(rows, config.data) for side, rows in sides.items() if rows is not None}
+    packed = pack_report(config.data, data.report, **packs)
+    for side in packs:
+        print("\n".join(account_lines(side, data.report[side], packed[f"{side}_packs"], config.data.max_length)))
     print("\n".join(findings_table(data.findings)))
     return 1 if any(finding.broken for finding in data.findings) else 0
 
@@ -62,18 +64,20 @@ def _context(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | N
 
 def account_lines(side: str, report: dict[str, Any], packs: dict[str, Any], max_length: int) -> Iterator[str]:
     """What became of the rows of a side, source by source, and how they are packed."""
-    for source in report["sources"]:
+    for source, own_packs in zip(report["sources"], packs["sources"], strict=True):
         kept, read = source["rows_kept"], source["rows_read"]
         own = source["rows"] + source["rows_in_train_and_eval"] * (side == "train")
         apart = f", {own:,} of them for {side}" if own != read else ""
         yield f"{side}: {source['path']} as {source['format']}"
-        yield f"  rows        {', '.join((f'{read:,} read{apart}', f'{kept:,} kept', *_losses(source)))}"
+        yield f"  rows        {read:,} read{apart}, {kept:,} kept"
+        yield from (f"              {text}" for text in _losses(source))
         supervised = f"{source['supervised_tokens']:,} supervised ({100 * source['supervised_share']:.1f}%)"
         lost = source["supervised_tokens_lost"]
         yield f"  tokens      {source['tokens']:,}, {supervised}{f', {lost:,} supervised lost' if lost else ''}"
         shares = (f"{share}% {length:,}" for share, length in source["length_percentiles"].items())
         yield f"  row length  {', '.join(shares) or 'no rows'}"
-    yield f"{side}: {packs['packs']:,} packs of {max_length:,} tokens, {100 * packs['fill']:.1f}% full"
+        yield f"  packs       {own_packs['packs']:,}, {100 * own_packs['fill']:.1f}% full"
+    yield f"{side}: {packs['packs']:,} packs of {max_length:,} tokens in all, {100 * packs['fill']:.1f}% full"
 
 
 def _losses(source: dict[str, Any]) -> Iterator[str]:

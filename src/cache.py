@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,14 @@ def cache_key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: S
     """32 hexadecimal digits that change with anything which may change a token row.
 
     That is the content of the sources' files (of a Hub data set: its commit), every field of the config but those
-    that do not matter, the tokenizer with its special tokens and templates, the code of the pipeline and the releases
-    of the libraries that it stands on.
+    that do not matter, the tokenizer with its special tokens and templates, the day where a template writes the
+    clock's, the code of the pipeline and the releases of the libraries that it stands on.
     """
     parts = {
         "config": _what_matters(config),
         "sources": [_content(source) for source in sources],
         "tokenizer": _tokenizer_sha256(tokenizer),
+        "day": _day(config, tokenizer),
         "code": code_sha256(stages(ROOT)),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
@@ -87,6 +89,12 @@ def _what_matters(config: DataConfig) -> dict[str, Any]:
         for name in NO_MATTER_OF_SOURCE:
             del source[name]
     return told
+
+
+def _day(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Today's date, where a chat template may write it."""
+    asks = config.template_date is None and "strftime_now" in str(tokenizer.chat_template)
+    return date.today().isoformat() if asks else None
 
 
 def _content(source: SourceRows) -> list[Any]:

@@ -111,8 +111,8 @@ class Finding:
         )
 
     def advice(self) -> str:
-        """What was found and what to change; a refusal says both of the first row itself."""
-        if self.check in get_args(Kind) and self.detail:
+        """What was found and what to change; most refusals say both of the first row themselves."""
+        if self.check in get_args(Kind) and self.check != "malformed" and self.detail:
             return self.detail
         return f"{self.detail}; {self.change}" if self.detail else f"{self.why[0].upper()}{self.why[1:]}; {self.change}"
 

@@ -1,6 +1,7 @@
 """Prepared rows are found again only by what they were made of, whole or not at all."""
 
 import dataclasses
+import datetime
 import json
 import random
 import shutil
@@ -114,6 +115,25 @@ def test_a_field_that_does_not_matter_changes_no_byte(tmp_path, name):
     changed = dataclasses.replace(whole, **{name: value})
     prepare(changed if name in NO_MATTER else dataclasses.replace(config, train=(changed,)), tmp_path / "other", 500)
     assert bytes_below(tmp_path / "first") == bytes_below(tmp_path / "other")
+
+
+def test_a_template_that_writes_the_clocks_date_has_another_key_each_day(tmp_path, monkeypatch):
+    config = DataConfig(train=(write(tmp_path / "a.jsonl", 3),), max_length=64)
+    dated = toy_tokenizer("{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}")
+    cases = [
+        (dataclasses.replace(config, template_date=day), tokenizer)
+        for day in (None, "2024-07-26")
+        for tokenizer in (dated, toy_tokenizer())
+    ]
+    keys = [key(*case) for case in cases]
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return datetime.date.today() + datetime.timedelta(days=1)
+
+    monkeypatch.setattr(src.cache, "date", Tomorrow)
+    assert [key(*case) != first for case, first in zip(cases, keys, strict=True)] == [True, False, False, False]
 
 
 def test_rows_tokenizer_template_and_code_change_the_key(tmp_path, monkeypatch):

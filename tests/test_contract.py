@@ -15,10 +15,13 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from config.schema import ContractConfig, DataConfig
+from config.schema import ContractConfig, DataConfig, SourceConfig
 from scripts.prepare_data import main
 from src.accounting import Tally
 from src.contract import CHECKS, ContractError, enforce, findings
+from src.data import build_datasets
+from src.pack_report import pack_report
+from src.packing import PackedRows
 from src.refusal import Refusal
 from tests.tiny_run import ARCHITECTURE, Finished, conversation, run_train, write_rows
 from tests.toy_tokenizer import CHATML, FAMILIES, toy_tokenizer
@@ -311,6 +314,9 @@ def test_a_run_does_not_start_above_a_threshold_and_warns_below(tmp_path):
         ("masked", 2, False),
         ("duplicates", 2, False),
     ]
+    # nine rows of 28 tokens and three, whose numbers have two digits, of 30
+    fill = round((9 * 28 + 3 * 30) / 512, 4)
+    assert report["train_packs"]["sources"] == [{"path": f"{tmp_path}/rows.jsonl", "packs": 2, "fill": fill}]
     [account] = report["train"]["sources"]
     assert (account["rows_read"], account["rows_kept"], account["refused"]) == (14, 12, {"masked": 2})
     assert account["examples"]["masked"] == [f"{tmp_path}/rows.jsonl line {line}" for line in (6, 7)]
@@ -345,3 +351,18 @@ def test_token_rows_of_one_row_count_as_one_defect():
     assert again.defects == {"prompt_not_prefix": 1, "malformed": 1}
     assert again.examples["prompt_not_prefix"] == ["a.jsonl line 7"]
     assert again.reasons["malformed"] == "a.jsonl line 8 is odd"
+
+
+def test_packs_and_fill_are_told_of_each_source(tmp_path):
+    short, long = tmp_path / "short.jsonl", tmp_path / "long.jsonl"
+    write_rows(short, [{"input_ids": [7, 8, number, 9]} for number in range(20, 28)])
+    write_rows(long, [{"input_ids": [7, number] * 30} for number in range(20, 23)])
+    config = DataConfig(train=(SourceConfig(str(short)), SourceConfig(str(long), epochs=2)), max_length=64)
+    data = build_datasets(config, toy_tokenizer())
+    packed = pack_report(config, data.report, train=PackedRows.of(data.train, config), eval=None)
+    assert list(packed) == ["train_packs"]
+    assert packed["train_packs"]["packs"] == 7  # 3 long rows, twice, each with one of the 8 short ones; 2 are left
+    assert packed["train_packs"]["sources"] == [
+        {"path": str(short), "packs": 7, "fill": round((6 * 64 + 8) / (7 * 64), 4)},
+        {"path": str(long), "packs": 6, "fill": 1.0},
+    ]
