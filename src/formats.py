@@ -75,8 +75,13 @@ class Conversation:
 
     def has_empty_answer(self) -> bool:
         """Whether the assistant says nothing in one of its trained turns, and calls no tool."""
-        turns = (self.messages[turn] for turn in self.assistant_turns() if turn not in self.untrained)
-        return any(not turn["content"].strip() and not turn.get("tool_calls") for turn in turns)
+        return any(
+            message["role"] == "assistant"
+            and not message["content"].strip()
+            and not message.get("tool_calls")
+            and turn not in self.untrained
+            for turn, message in enumerate(self.messages)
+        )
 
 
 @dataclass(frozen=True)

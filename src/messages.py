@@ -16,6 +16,7 @@ from typing import Any
 from utils.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+PLAIN_KEYS = {"role", "content"}
 FUNCTION_CALL = "function_call"
 """The role of a ShareGPT turn whose value is an assistant's tool call, or a list of them, as JSON."""
 
@@ -53,6 +54,8 @@ def checked_message(message: Any, where: str, roles: Mapping[str, str]) -> tuple
         raise UserError(f"{where} is of type {type(message).__name__}; it must be an object with role and content")
     given = message.get("role")
     role = roles.get(given, given) if isinstance(given, str) else given
+    if message.keys() == PLAIN_KEYS and role in ROLES and isinstance(message["content"], str):
+        return {**message, "role": role}, True  # most messages, which need none of what follows
     if role == FUNCTION_CALL:
         role, message = "assistant", {**message, "content": None, "tool_calls": _parsed_calls(message, where)}
     if role not in ROLES:

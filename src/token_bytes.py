@@ -131,7 +131,7 @@ def _reader(decoder: Sequence[dict[str, Any]]) -> Callable[[str], bytes] | None:
 
 
 def _bytes_of_piece(piece: str) -> bytes:
-    byte = BYTE_PIECE.fullmatch(piece)
+    byte = BYTE_PIECE.fullmatch(piece) if piece.startswith("<0x") else None
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
 
