@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig
@@ -59,8 +59,8 @@ class ChatTemplate:
         Args:
             day: the date that the template is to write, as YYYY-MM-DD; None: the clock's.
         Raises:
-            UserError: it has no chat template, one that asks the clock in a way that cannot be answered, or `day` is
-                no date.
+            UserError: it has no chat template, one that is no Jinja or asks the clock in a way that cannot be answered,
+                or `day` is no date.
         """
         if not tokenizer.chat_template:
             raise UserError(
@@ -76,7 +76,7 @@ class ChatTemplate:
             )
         special = _special_tokens(tokenizer)
         no_stop = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
-        return cls(
+        template = cls(
             tokenizer=tokenizer,
             sources=own if fixed is None else (_with_clock_at(own[0], fixed), _with_clock_at(own[1], fixed)),
             date_string=None if fixed is None else fixed.strftime("%d %b %Y"),
@@ -85,6 +85,18 @@ class ChatTemplate:
             stop_ids=frozenset(tokenizer.convert_tokens_to_ids(sorted(special - no_stop))),
             has_marks=re.search(r"\{%-?\s*generation\s*-?%\}", own[0]) is not None,
         )
+        template._check_syntax()
+        return template
+
+    def _check_syntax(self) -> None:
+        tool = {"type": "function", "function": {"name": "probe", "parameters": {"type": "object", "properties": {}}}}
+        for tools in ((), (tool,)):
+            error = self._complaint(Conversation(({"role": "user", "content": "x"},), "probe", tools=tools))
+            if isinstance(error, TemplateSyntaxError):
+                raise UserError(
+                    f"the chat template is no Jinja: line {error.lineno}: {error.message} Mend it where it stands "
+                    "(model.chat_template names a file, or the tokenizer has it)"
+                )
 
     def sha256(self) -> str:
         """The SHA-256 of the template's text."""

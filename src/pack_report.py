@@ -14,21 +14,26 @@ import numpy as np
 from config.schema import DataConfig, SourceConfig
 from src.mixing import mixed_order
 from src.packing import PackedRows
+from src.streaming import RowStream
 
 
-def pack_report(config: DataConfig, report: dict[str, Any], **packs: PackedRows | None) -> dict[str, Any]:
+def pack_report(config: DataConfig, report: dict[str, Any], **packs: PackedRows | RowStream | None) -> dict[str, Any]:
     """The counts of packs on each side, in all and for each source, under `train_packs` and `eval_packs`.
+
+    Those of a stream are made while it trains, so nothing is counted of its sources here.
 
     Args:
         report: that of the token rows, which has a section for each side.
         packs: those of each side; None: it has none.
     """
-    return {
-        f"{side}_packs": found.describe(config.max_length)
-        | {"sources": _by_source(found, report[side]["sources"], config.train if side == "train" else (), config)}
-        for side, found in packs.items()
-        if found is not None
-    }
+    told = {}
+    for side, found in packs.items():
+        if found is not None:
+            told[f"{side}_packs"] = found.describe(config.max_length)
+        if isinstance(found, PackedRows):
+            mixed = config.train if side == "train" else ()
+            told[f"{side}_packs"] |= {"sources": _by_source(found, report[side]["sources"], mixed, config)}
+    return told
 
 
 def _by_source(

@@ -1,10 +1,13 @@
 """Rows as pieces of text: every id once, whole characters, and the turns of stock templates."""
 
+from dataclasses import replace
+
 import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from src.formats import Conversation
+from src.served import as_whole
 from src.tokenization import IGNORED, RowEncoder
 from src.view import Piece, RowViewer, Turn
 from tests.toy_tokenizer import FAMILIES, family_tokenizer, toy_tokenizer
@@ -106,8 +109,8 @@ def test_turns_of_stock_templates_are_told_from_ids_alone(family):
     )
     tools = ({"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}},)
     rows = [Conversation(messages, "rows line 1", tools if "Hermes" in family else ())]  # which cannot do without
-    # "drop" leaves a conversation in one row, which the default parts where it is served otherwise.
-    row = RowEncoder.of(tokenizer, unlike_served="drop").encode_conversations(rows)[0]
+    encoder = replace(RowEncoder.of(tokenizer), apart=as_whole)  # one row, also where turns are served otherwise
+    row = encoder.encode_conversations(rows)[0]
     view = RowViewer(tokenizer).view(row.input_ids, row.labels)
     assert [turn.role for turn in view.turns] == ROLES[family]
     firsts = [turn.first for turn in view.turns]
