@@ -262,7 +262,7 @@ class DataConfig:
     the longest time are removed, but never this run's own, nor any that another run reads. None: no limit."""
 
     workers: int | None = _limited(None, ge=1)
-    """Processes that tokenize, at least 1. None: one, which already uses every core through the tokenizer's threads."""
+    """Processes that tokenize, at least 1. None: one, whose threads use two to four cores."""
 
 
 @dataclass(frozen=True)
