@@ -79,7 +79,7 @@ class Tally:
     truncated: int = 0
     texts_split: int = 0
     turn_by_turn: int = 0
-    joined_turns: int = 0
+    prompts_apart: int = 0
     lost_reasoning: int = 0
     special_text: int = 0
     empty_answers: int = 0
@@ -167,7 +167,7 @@ class Tally:
         return [row for row in kept if row is not None]
 
     def _kept(self, row: TokenRow, config: DataConfig) -> TokenRow | None:
-        self.joined_turns += row.joined_turns
+        self.prompts_apart += row.prompt_apart
         self.lost_reasoning += row.lost_reasoning
         self.special_text += row.special_text
         self.texts_split += row.piece == 1 and not row.turn_rows
@@ -274,7 +274,7 @@ class Tally:
             (self.turn_by_turn, "conversations trained as a row for each turn, as a server would give it"),
             (self.defects["leak"], "left out that stand in data.eval too"),
             (self.defects["duplicates"], "equal to a row before"),
-            (self.joined_turns, "turns whose first white space is not supervised"),
+            (self.prompts_apart, "rows whose prompt is tokenized by itself, as a server would"),
             (self.lost_reasoning, "turns whose reasoning the template leaves out"),
             (self.special_text, "rows with the text of a special token"),
             (self.defects["prompt_not_prefix"], "written unlike a server would"),

@@ -372,7 +372,7 @@ def account(source: OpenSource, rows_read: int, tally: Tally, percentiles: dict[
         "dropped": dict(tally.dropped),
         "truncated": tally.truncated,
         "texts_split": tally.texts_split,
-        "turns_with_joined_white_space": tally.joined_turns,
+        "prompts_tokenized_apart": tally.prompts_apart,
         "unlike_served": tally.defects["prompt_not_prefix"] + tally.dropped["unlike served"],
         "turns_without_their_reasoning": tally.lost_reasoning,
         "rows_with_text_of_special_tokens": tally.special_text,

@@ -48,19 +48,18 @@ def as_served(finder: TurnFinder, conversations: Sequence[Conversation], *, keep
             a server would give; if not, it stays whole, for the caller to leave out.
     """
     whole = as_whole(finder, conversations)
-    turns = {
-        at: _turns(part.conversation, finder) for at, part in enumerate(whole) if _may_gain(part.chat, keep_unlike)
-    }
-    beginnings = [_up_to(whole[at].conversation, turn) for at, own in turns.items() for turn in own]
-    found = iter(as_whole(finder, beginnings))
     parts: list[Part] = []
-    for at, part in enumerate(whole):
-        own = [next(found) for _ in turns.get(at, ())]
-        if own and not any(isinstance(each.chat, Refusal) for each in own):
-            parts += [replace(each, piece=piece, turn_rows=len(own)) for piece, each in enumerate(own)]
-        else:
-            parts.append(part)
+    for part in whole:
+        parts += turn_by_turn(finder, part) if _may_gain(part.chat, keep_unlike) else [part]
     return parts
+
+
+def turn_by_turn(finder: TurnFinder, whole: Part) -> list[Part]:
+    """A conversation as a part for each supervised turn; as it is where one of its beginnings would be refused."""
+    found = as_whole(finder, [_up_to(whole.conversation, turn) for turn in _turns(whole.conversation, finder)])
+    if not found or any(isinstance(each.chat, Refusal) for each in found):
+        return [whole]
+    return [replace(each, piece=piece, turn_rows=len(found)) for piece, each in enumerate(found)]
 
 
 def _may_gain(chat: RenderedChat | Refusal, keep_unlike: bool) -> bool:

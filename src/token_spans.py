@@ -51,6 +51,11 @@ class OffsetTokens:
         """
         return [self._span(text, start, end, origin) for start, end in stretches]
 
+    def before(self, text: str, token: int, count: int) -> str:
+        """What the last `count` tokens before a token stand for."""
+        first = max(0, token - count)
+        return text[self.starts[first] : self.ends[token - 1]] if token else ""
+
     def _span(self, text: str, start: int, end: int, origin: str) -> TokenSpan:
         first = int(self.ends.searchsorted(start, side="right"))  # passes over characters that the tokenizer drops
         last = int(self.ends.searchsorted(end - 1, side="right"))  # the first of those that share a character
@@ -93,6 +98,11 @@ class ByteTokens:
             (first, end, border != place)
             for first, end, border, place in zip(tokens[::2], tokens[1::2], borders[::2], places[::2], strict=True)
         ]
+
+    def before(self, text: str, token: int, count: int) -> str:
+        """What the last `count` tokens before a token stand for; a character that begins before them is left out."""
+        first, end = self.borders[[max(0, token - count), token]] - self.borders[0]
+        return text.encode()[first:end].decode(errors="ignore")
 
 
 def _byte_places(text: str, places: Sequence[int]) -> list[int]:

@@ -11,8 +11,8 @@ span and for no others, and the last of them is a stop token; a row is checked f
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import tokenizers
@@ -24,7 +24,7 @@ from src.chat import ChatTemplate
 from src.content import ContentEncoder
 from src.formats import Conversation, TextRow
 from src.refusal import Kind, Refusal, RowRefusedError
-from src.served import Part, as_served
+from src.served import Part, as_served, turn_by_turn
 from src.token_bytes import TokenBytes
 from src.token_spans import ByteTokens, OffsetTokens, TokenSpan
 from utils.errors import UserError
@@ -32,23 +32,39 @@ from utils.errors import UserError
 IGNORED = -100
 
 
+OTHER_TOKENS = "the tokenizer gives the end of the prompt other tokens where the turn follows it"
+"""Why a row is unlike served whose text is not."""
+
+TAIL = 6
+"""Tokens before a turn that are tokenized again by themselves."""
+
+COMPARED = 3
+"""The last of them, which must come out as they were; the first ones may lack what stood before them."""
+
+ENDS_KEPT = 100_000
+"""Ends of prompts that are remembered."""
+
+ANCHOR = "a"
+"""Stands before the text of a turn where the tokenizer would put a space before it."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenRow:
     """One row: `input_ids` and `labels` are int32 arrays of one length, which may be views of a batch's.
 
     `piece` counts the pieces of a text from 0, or the rows of a conversation that is trained turn by turn, of which
-    there are `turn_rows`; both are 0 for a conversation that is one row. `joined_turns` counts the turns whose first
-    white space is not supervised, because the tokenizer joins it with the template's own. `unlike_served`,
-    `lost_reasoning` and `clock_dependent` are those of `src.alignment.RenderedChat`; `special_text` says whether the
-    row's texts hold that of a special token.
+    there are `turn_rows`; both are 0 for a conversation that is one row. `unlike_served` says why the tokens before a
+    supervised turn are not those of a server's prompt; empty: they are. `prompt_apart`: they are because the prompt was
+    tokenized by itself, as a server does. `lost_reasoning` and `clock_dependent` are those of
+    `src.alignment.RenderedChat`; `special_text` says whether the row's texts hold that of a special token.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     origin: str
     piece: int = 0
-    joined_turns: int = 0
     unlike_served: str = ""
+    prompt_apart: bool = False
     lost_reasoning: int = 0
     special_text: bool = False
     turn_rows: int = 0
@@ -65,8 +81,9 @@ class RowEncoder:
 
     `backend` is the tokenizer's own model without its post-processor: that one adds no token here, but may trim the
     white space from the offsets that tell where a token is. `template` and `finder` are None if there are only texts;
-    `content` is None where a special token's text in a message becomes that token. `apart` gives the conversations,
-    or their beginnings, that become rows.
+    `content` is None where a special token's text in a message becomes that token. `keep_unlike`: a conversation that
+    is not as a server would give it is trained so; if not, its row is for the caller to leave out. `prompt_ends`
+    remembers of the last tokens of prompts whether they stay as they are where no answer follows.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,7 +93,8 @@ class RowEncoder:
     template: ChatTemplate | None
     finder: TurnFinder | None
     content: ContentEncoder | None
-    apart: Callable[[TurnFinder, Sequence[Conversation]], list[Part]]
+    keep_unlike: bool
+    prompt_ends: dict[bytes, bool] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -111,15 +129,18 @@ class RowEncoder:
         backend.no_padding()
         finder = TurnFinder(template, supervise, allow_special_tokens_in_content) if template else None
         content = ContentEncoder.of(tokenizer, backend) if chat and not allow_special_tokens_in_content else None
-        apart = functools.partial(as_served, keep_unlike=unlike_served == "train_as_served")
-        return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template, finder, content, apart)
+        keep_unlike = unlike_served == "train_as_served"
+        return cls(tokenizer, backend, tokenizer.bos_token_id, supervise, template, finder, content, keep_unlike)
 
     def encode_conversations(self, conversations: Sequence[Conversation]) -> list[TokenRow | Refusal]:
         """The rows of each conversation in order, uncut, with each supervised span checked; or why it has none.
 
         A conversation has one row, or where it is trained turn by turn several of the same origin; or one refusal.
         """
-        parts = self.apart(self.finder, conversations)
+        return self.encode_parts(as_served(self.finder, conversations, keep_unlike=self.keep_unlike))
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[TokenRow | Refusal]:
+        """The rows of parts; where a turn is not as a server gives it, one for each turn of its conversation."""
         encoded = iter(self._encoded([part.chat.text for part in parts if not isinstance(part.chat, Refusal)]))
         begins_with_bos = bool(self.bos_ids())
         rows: list[TokenRow | Refusal] = []
@@ -132,6 +153,11 @@ class RowEncoder:
                     self._check_against_tokenizer(part.conversation, tokens.ids.tolist())
                     checked = True
                 row = self._row_or_refusal(part, tokens, begins_with_bos)
+            if isinstance(row, TokenRow) and row.unlike_served == OTHER_TOKENS and self._may_part(part):
+                turns = turn_by_turn(self.finder, part)
+                if len(turns) > 1:
+                    rows += self.encode_parts(turns)
+                    continue
             if part.piece and isinstance(rows[-1], Refusal):
                 continue
             if part.piece and isinstance(row, Refusal):
@@ -175,30 +201,34 @@ class RowEncoder:
         origin = part.conversation.origin
         if chat.contents and self.content is not None:
             tokens = self.content.encode(chat.text, chat.contents, self.template.special_token, origin)
-        ids = tokens.ids
-        joined = 0
+        unlike, apart = chat.unlike_served, False
         if self.supervise == "all":
-            labels = ids.copy()
+            labels = tokens.ids.copy()
         else:
-            labels = np.full(len(ids), IGNORED, dtype=np.int32)
-            for (first, end, cut), span in zip(self._spans(tokens, chat, origin), chat.spans, strict=True):
-                if int(ids[end - 1]) not in self.template.stop_ids:
+            spans = self._spans(tokens, chat, origin)
+            if not (unlike or all(self._prompt_is_served(tokens, chat.text, span) for span in spans)):
+                unlike = OTHER_TOKENS
+                if self.keep_unlike and len(spans) == 1 and (served := self._prompt_apart(chat)) is not None:
+                    tokens, unlike, apart = served, "", True
+                    spans = self._spans(tokens, chat, origin)
+            labels = np.full(len(tokens.ids), IGNORED, dtype=np.int32)
+            for (first, end, _), span in zip(spans, chat.spans, strict=True):
+                if int(tokens.ids[end - 1]) not in self.template.stop_ids:
                     raise _refused(
                         origin,
                         "untrained_stop",
                         f"the tokenizer splits the stop token at the end of {chat.text[slice(*span)][-40:]!r}, so that "
                         "the model would not learn to stop; name it in model.special_tokens",
                     )
-                labels[first:end] = ids[first:end]
-                joined += cut
+                labels[first:end] = tokens.ids[first:end]
         labels[:1] = IGNORED
         return TokenRow(
-            ids,
+            tokens.ids,
             labels,
             origin,
             part.piece,
-            joined_turns=joined,
-            unlike_served=chat.unlike_served,
+            unlike_served=unlike,
+            prompt_apart=apart,
             lost_reasoning=chat.lost_reasoning,
             special_text=bool(chat.contents),
             turn_rows=part.turn_rows,
@@ -212,6 +242,45 @@ class RowEncoder:
                 return spans
             [tokens] = self._with_offsets([chat.text])
         return tokens.spans(chat.text, chat.spans, origin)
+
+    def _may_part(self, part: Part) -> bool:
+        """Whether a conversation of several supervised turns is still one row, and may be more."""
+        return self.keep_unlike and part.turn_rows == 0 and len(part.chat.spans) > 1
+
+    def _prompt_is_served(self, tokens: ByteTokens | OffsetTokens, text: str, span: TokenSpan) -> bool:
+        """Whether the tokens before a supervised turn are those of its prompt by itself.
+
+        They are others where a token stands for the prompt's end and the turn's beginning, or where the tokenizer looks
+        ahead: GPT-2's ends a run of line feeds one token earlier before a word than at the end of a text. What it sees
+        is never far from the border, so the last tokens tell.
+        """
+        first, _, joined = span
+        if joined:
+            return False
+        key = tokens.ids[max(0, first - TAIL) : first].tobytes()
+        known = self.prompt_ends.get(key)
+        if known is None:
+            if len(self.prompt_ends) >= ENDS_KEPT:
+                self.prompt_ends.clear()
+            [alone] = self._ids([tokens.before(text, first, TAIL)])
+            compared = tokens.ids[max(0, first - COMPARED) : first].tolist()
+            known = self.prompt_ends[key] = alone[len(alone) - len(compared) :] == compared
+        return known
+
+    def _prompt_apart(self, chat: RenderedChat) -> ByteTokens | None:
+        """The tokens of a row whose prompt and only turn are tokenized each by itself, as where a server prompts.
+
+        None where that cannot be proved, or where texts of special tokens are to be read as plain text.
+        """
+        if chat.contents or self._token_bytes is None:
+            return None
+        [(start, _)] = chat.spans
+        before = ANCHOR if self._token_bytes.lead else ""
+        prompt, anchored, anchor = self._ids([chat.text[:start], before + chat.text[start:], before])
+        if anchored[: len(anchor)] != anchor:
+            return None
+        [tokens] = self._token_bytes.place([chat.text], [prompt + anchored[len(anchor) :]])
+        return tokens
 
     def _check_bos(self, start: list[int], origin: str, begins_with_bos: bool) -> None:
         """

@@ -1,6 +1,7 @@
 """What stands before each supervised turn is what a server would give, on stock templates."""
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from src.formats import Conversation
 from src.refusal import Refusal
@@ -8,7 +9,8 @@ from src.tokenization import IGNORED, RowEncoder, TokenRow
 from tests.chat_battery import battery, template_tokenizer
 from tests.test_chat import talk
 from tests.test_stock_templates import BATTERY, SHARED_REFUSALS, VISION, stops_of, trl_templates
-from tests.test_tokenization import supervised_runs
+from tests.test_token_bytes import tokenizer_of
+from tests.test_tokenization import prompt_and_turn, served_prompt, supervised_runs
 from tests.toy_tokenizer import family_tokenizer, toy_tokenizer
 
 UNMERGED = "the cat sat on the mat"
@@ -197,3 +199,43 @@ def test_a_conversation_of_which_a_turn_is_refused_has_one_refusal():
     encoder = RowEncoder.of(toy_tokenizer(template.replace("END", refusing)))
     [row] = encoder.encode_conversations([conversation])  # whole, as none of its beginnings may be missing
     assert (row.turn_rows, len(prompts(row))) == (0, 3)
+
+
+# what a template writes before each content, and for how many of ANSWERS its tokens depend on what follows
+ENDS = {"line feed": "\n", "two line feeds": ":\n\n", "two spaces": ":  ", "letters": "says"}
+ANSWERS = ("Yes.", "\nYes.", "\n\n\nYes.", " Yes.", "   Yes.", "\tYes.", "1 or 2", "'s", "é", "日本", "🙂", "", "#!")
+APART = {
+    "gpt2": (1, 7, 7, 0),
+    "llama2": (0, 0, 5, 0),
+    "llama2, first": (0, 0, 5, 0),
+    "llama3": (2, 2, 5, 0),
+    "qwen2": (2, 2, 10, 0),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("name", APART)
+def test_every_prompt_has_the_tokens_that_a_server_gives_it(name, end):
+    backend, _, _ = tokenizer_of(name)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + 'END' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistantEND' }}{% endif %}"
+    ).replace("END", ENDS[end].replace("\n", "\\n"))
+    encoder = RowEncoder.of(tokenizer)
+    apart = 0
+    for answer in ANSWERS:
+        conversation = talk("one", answer, "two", answer)
+        rows = encoder.encode_conversations([conversation])
+        assert [row.unlike_served for row in rows] == [""] * len(rows)
+        prompts = [prompt_and_turn(row)[0] for row in rows]
+        turns = (3,) if len(rows) == 1 else (1, 3)
+        assert prompts == [served_prompt(tokenizer, conversation, turn) for turn in turns]
+        for row in rows:
+            labels = row.labels != IGNORED
+            bare, stop = len(prompts[-1 if row is rows[-1] else 0]), row.input_ids[labels][-1]
+            assert labels[bare:].all()
+            assert stop == tokenizer.eos_token_id
+            assert tokenizer.decode(row.input_ids).endswith(f"{ENDS[end]}{answer}<|im_end|>")
+        apart += rows[-1].prompt_apart
+    assert apart == APART[name][list(ENDS).index(end)]

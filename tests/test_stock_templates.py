@@ -5,7 +5,6 @@ tokens are what is supervised, but for two things: a twin may also mark what the
 stands after the stop token; both are taken off before masks are compared.
 """
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def outcome(name: str) -> tuple[int, dict[str, Refusal], list[str]]:
     source = (folder / f"{name}.jinja").read_text(encoding="utf-8")
     marked = folder / f"{name}_training.jinja"
     tokenizer = template_tokenizer(source, stops[0])
-    encoder = replace(RowEncoder.of(tokenizer, allow_special_tokens_in_content=True), apart=as_whole)
+    encoder = RowEncoder.of(tokenizer, allow_special_tokens_in_content=True, unlike_served="drop")
     twin = None
     if marked.is_file():
         other = template_tokenizer(source, stops[0])
@@ -103,7 +102,7 @@ def outcome(name: str) -> tuple[int, dict[str, Refusal], list[str]]:
         twin = ChatTemplate.of(other)
     compared, refused, different = 0, {}, []
     for row, conversation in battery(stops[-1] if name != "glm4moe" else "<|user|>", parts=name in VISION).items():
-        [own] = encoder.encode_conversations([conversation])
+        [own] = encoder.encode_parts(as_whole(encoder.finder, [conversation]))
         if isinstance(own, Refusal):
             refused[row] = own
             continue

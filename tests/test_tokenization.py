@@ -33,10 +33,13 @@ def supervised_runs(tokenizer, row):
 def test_supervised_tokens_read_as_the_answers_with_their_stop_tokens(name):
     tokenizer = family_tokenizer(name)
     conversation = talk("hi there", "The cat.", "why?", "Two\n\nlines 😀 日本 é")
-    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([conversation])
-    assert supervised_runs(tokenizer, row) == [f"The cat.{PLAIN[name]}", f"Two\n\nlines 😀 日本 é{PLAIN[name]}"]
-    assert row.labels[0] == IGNORED
-    assert row.supervised_tokens() == sum(label != IGNORED for label in row.labels)
+    rows = RowEncoder.of(tokenizer, "assistant").encode_conversations([conversation])
+    runs = [run for row in rows for run in supervised_runs(tokenizer, row)]
+    assert runs == [f"The cat.{PLAIN[name]}", f"Two\n\nlines 😀 日本 é{PLAIN[name]}"]
+    assert len(rows) == (2 if "Llama-3" in name else 1)  # "\n\n" before a word is not the one token of the prompt's end
+    for row in rows:
+        assert row.labels[0] == IGNORED
+        assert row.supervised_tokens() == sum(label != IGNORED for label in row.labels)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "Hermes" not in name])
@@ -88,11 +91,27 @@ def test_a_refused_row_leaves_the_others_of_its_batch_as_they_are():
     assert encoder.encode_conversations([]) == []
 
 
-def test_white_space_that_joins_the_templates_own_is_left_out_and_counted():
+def prompt_and_turn(row):
+    """The ids of a row before its last supervised turn, and those from there on."""
+    start = max(at for at in range(1, len(row.labels)) if row.labels[at] != IGNORED and row.labels[at - 1] == IGNORED)
+    return row.input_ids[:start].tolist(), row.input_ids[start:].tolist()
+
+
+def served_prompt(tokenizer, conversation, turn):
+    messages = list(conversation.messages[:turn])
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def test_white_space_that_joins_the_templates_own_is_tokenized_as_a_server_would():
     tokenizer = toy_tokenizer(merges_from="\n\n")  # a token of two newlines, across the prompt's end
-    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("a", "\n\nOne.")])
+    conversation = talk("a", "\n\nOne.")
+    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([conversation])
+    assert supervised_runs(tokenizer, row) == ["\n\nOne.<|im_end|>"]
+    assert (row.unlike_served, row.prompt_apart) == ("", True)
+    assert prompt_and_turn(row)[0] == served_prompt(tokenizer, conversation, 1)
+    [row] = RowEncoder.of(tokenizer, unlike_served="drop").encode_conversations([conversation])
     assert supervised_runs(tokenizer, row) == ["\nOne.<|im_end|>"]
-    assert row.joined_turns == 1
+    assert "end of the prompt" in row.unlike_served
 
 
 def test_supervise_all_needs_no_visible_turns_but_a_last_stop_token():
@@ -150,8 +169,9 @@ def test_sentencepiece_like_tokenizers_supervise_the_same_text(legacy):
         "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
         "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
     )
-    [row] = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("hi", "One. 😀", "why?", "the cat")])
-    assert [run.strip() for run in supervised_runs(tokenizer, row)] == ["One. 😀 </s>", "the cat </s>"]
+    rows = RowEncoder.of(tokenizer, "assistant").encode_conversations([talk("hi", "One. 😀", "why?", "the cat")])
+    assert [run.strip() for row in rows for run in supervised_runs(tokenizer, row)] == ["One. 😀 </s>", "the cat </s>"]
+    row = rows[-1]
     assert row.input_ids.tolist().count(tokenizer.bos_token_id) == 2
 
 

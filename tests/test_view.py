@@ -1,7 +1,5 @@
 """Rows as pieces of text: every id once, whole characters, and the turns of stock templates."""
 
-from dataclasses import replace
-
 import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -109,8 +107,8 @@ def test_turns_of_stock_templates_are_told_from_ids_alone(family):
     )
     tools = ({"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}},)
     rows = [Conversation(messages, "rows line 1", tools if "Hermes" in family else ())]  # which cannot do without
-    encoder = replace(RowEncoder.of(tokenizer), apart=as_whole)  # one row, also where turns are served otherwise
-    row = encoder.encode_conversations(rows)[0]
+    encoder = RowEncoder.of(tokenizer, unlike_served="drop")
+    [row] = encoder.encode_parts(as_whole(encoder.finder, rows))  # one row, also where turns are served otherwise
     view = RowViewer(tokenizer).view(row.input_ids, row.labels)
     assert [turn.role for turn in view.turns] == ROLES[family]
     firsts = [turn.first for turn in view.turns]
