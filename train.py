@@ -41,7 +41,7 @@ def train(command: CommandLine) -> None:
     from src.run import open_run, publish
     from src.streaming import stream_datasets
     from src.trainer import SFTTrainer, training_arguments
-    from utils.distributed import check_launch, check_world
+    from utils.distributed import check_launch, check_world, use_cores
     from utils.hub import check_access
     from utils.reproducibility import environment
 
@@ -63,7 +63,8 @@ def train(command: CommandLine) -> None:
         resumes=run.checkpoint is not None,
     )
     check_world(args.world_size)
-    log.info("%d process(es) on %s; the run is written to %s", args.world_size, args.device.type, run.path)
+    threads = f", {use_cores(config.training.cpu_threads)} thread(s) each" if args.device.type == "cpu" else ""
+    log.info("%d process(es) on %s%s; the run is written to %s", args.world_size, args.device.type, threads, run.path)
 
     tokenizer = load_tokenizer(config.model)
     settings = load_settings(config.model, tokenizer)

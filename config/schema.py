@@ -330,6 +330,10 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass, which saves memory for about a third more time."""
 
+    cpu_threads: int | None = _limited(None, ge=1)
+    """Threads that each process computes with on a CPU, at least 1. None: its share of the cores under
+    `accelerate launch`, which would use one thread; else what OMP_NUM_THREADS or torch says."""
+
     seed: int = _limited(42, ge=0)
     """Seed of new weights, dropout and the order of rows, 0 or above."""
 

@@ -81,7 +81,13 @@ def write_recipe(folder: Path, name: str = "recipe.yaml", **changes: Any) -> Pat
         },
         "data": {"train": [{"path": str(train_file)}], "eval": [{"path": str(eval_file)}], "max_length": 128},
         "optim": {"learning_rate": 3e-3},
-        "training": {"max_steps": 4, "micro_batch_rows": 2, "log_every_steps": 1, "save_every_steps": 2},
+        "training": {
+            "cpu_threads": 1,
+            "max_steps": 4,
+            "micro_batch_rows": 2,
+            "log_every_steps": 1,
+            "save_every_steps": 2,
+        },
         "evaluation": {"samples": 1, "max_new_tokens": 4},
         "output": {"folder": str(folder / "outputs")},
     }

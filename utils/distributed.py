@@ -7,6 +7,7 @@ check_world(processes=args.world_size)
 
 import os
 
+import psutil
 import torch
 
 from utils.errors import UserError
@@ -31,6 +32,23 @@ def check_launch() -> None:
             f"{', '.join(missing)}; start them with `accelerate launch --config_file config/accelerate/ddp.yaml "
             "train.py ...`, or unset WORLD_SIZE to train with this process alone"
         )
+
+
+def use_cores(threads: int | None) -> int:
+    """Set how many threads this process computes with on a CPU, and return their number.
+
+    Args:
+        threads: None: this process's share of the machine's cores where `accelerate launch` has set one thread, as it
+            does unless it is told otherwise; else what the environment or torch says.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if threads is None and launched:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = min(usable, psutil.cpu_count(logical=False) or usable)
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
 
 
 def check_world(processes: int) -> None:
