@@ -18,7 +18,6 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}  # what 
     [
         ("None", LAUNCHED, CORES),
         ("None", LAUNCHED | {"LOCAL_WORLD_SIZE": str(CORES)}, 1),
-        ("None", LAUNCHED | {"OMP_NUM_THREADS": "3"}, 3),
         ("None", {"OMP_NUM_THREADS": "1"}, 1),
         ("3", LAUNCHED, 3),
     ],
