@@ -1,6 +1,7 @@
-"""What `scripts/benchmark.py` measures on: shapes of known models, and what devices can do at best.
+"""What `scripts/benchmark.py` measures on: shapes of known models, what is trained, and what devices can do at best.
 
     architecture = SHAPES["llama-1b"]
+    cases = [Case(**fields) for fields in PRESETS["gpu-1b"]]
     peak = peak_tflops(torch.cuda.get_device_name())
 
 Only shapes are taken from a model: its weights are random, so speed and memory are its own and losses are not.
@@ -25,6 +26,8 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **mo
 SHAPES: dict[str, dict[str, Any]] = {
     # for the tests: a second on a CPU
     "tiny": _llama(64, 128, 2, 4, 2, vocab_size=512, max_position_embeddings=2048, tie_word_embeddings=True),
+    # karpathy/tinyllamas stories15M, with a longer context
+    "llama-15m": _llama(288, 768, 6, 6, 6, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True),
     # HuggingFaceTB/SmolLM2-135M
     "llama-135m": _llama(576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True),
     # meta-llama/Llama-3.2-1B
@@ -41,6 +44,31 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }
 """Settings of a transformers config, by the name that `--model` takes."""
+
+
+def _at_lengths(**fields: Any) -> tuple[dict[str, Any], ...]:
+    """Micro-batches of 16,384 tokens, as packs of 4,096 and as one pack."""
+    return (fields | {"max_length": 4096, "micro_batch_rows": 4}, fields | {"max_length": 16384, "micro_batch_rows": 1})
+
+
+_EIGHT_BILLION = {"model": "llama-8b", "dtype": "bfloat16", "gradient_checkpointing": True}
+
+PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
+    # for the tests: seconds on a CPU
+    "tiny": ({"model": "tiny", "max_length": 256, "median_length": 60, "steps": 2, "warmup_steps": 1},),
+    # 2 packs x 1024 = 2,048 tokens/step
+    "cpu-15m": ({"model": "llama-15m", "rows": "instructions", "max_length": 1024, "micro_batch_rows": 2},),
+    # 1 pack x 1024 = 1,024 tokens/step
+    "cpu-135m": ({"model": "llama-135m", "rows": "instructions", "max_length": 1024, "steps": 4, "warmup_steps": 2},),
+    # 1.2 billion weights x 16 bytes (float32 weights, gradients and two moments) = 20 GB before activations
+    "gpu-1b": _at_lengths(model="llama-1b"),
+    # 8.0 billion x 2 bytes = 16 GB
+    "gpu-8b-lora": _at_lengths(method="lora", **_EIGHT_BILLION),
+    "gpu-8b-qlora": _at_lengths(method="qlora", **_EIGHT_BILLION),
+    # 8.0 billion x 8 bytes (bfloat16 weights, gradients and two moments) = 64 GB
+    "gpu-8b-full": _at_lengths(method="full", **_EIGHT_BILLION),
+}
+"""Cases of `scripts/benchmark.py step`, by the name that `--preset` takes: fields of scripts/benchmarking/case.py."""
 
 PEAK_TFLOPS: dict[str, float] = {
     # NVIDIA's data sheets, bf16 tensor cores; where a sheet gives the figure with sparsity, half of it.

@@ -1,4 +1,4 @@
-"""One configuration of the benchmark: what `scripts/benchmark.py` takes on its command line.
+"""One configuration of the training benchmark: what its presets name and its command line changes.
 
 case = Case(model="llama-1b", method="lora", max_length=4096)
 """
@@ -20,25 +20,25 @@ class Case:
 
     model: str = _option("tiny", "shape of the model: a name of config/benchmark.py")
     method: Literal["full", "lora", "qlora"] = _option("full", "what trains; qlora is LoRA beside nf4 weights")
+    rows: Literal["synthetic", "instructions"] = _option(
+        "synthetic", "synthetic: random tokens; instructions: alpaca_en_demo of --data, in Llama 2's tokens"
+    )
+    median_length: int = _option(
+        300, "median tokens of a synthetic row; lengths are log-normal, sigma 0.8, none above max_length"
+    )
+    supervised: float | None = _option(
+        None, "share of tokens that are supervised, in spans that the seed places; above 0, below 1 (None: as rows are)"
+    )
     max_length: int = _option(2048, "tokens in a pack, and most tokens in a row")
-    micro_batch_rows: int = _option(1, "packs (rows, without packing) that the device takes at once")
+    micro_batch_rows: int = _option(1, "packs that the device takes at once")
     accumulation_steps: int = _option(1, "micro-batches to an optimizer step")
     steps: int = _option(10, "optimizer steps that are measured")
     warmup_steps: int = _option(3, "optimizer steps before those, which are not")
-    packing: bool = _option(True, "whether rows share packs")
     gradient_checkpointing: bool = _option(False, "whether activations are computed again in the backward pass")
-    attention: str = _option("auto", "attention implementation, as in model.attention")
     dtype: str = _option("auto", "format the weights are held in; auto: float32 for full, bfloat16 for the others")
     precision: str = _option("auto", "format of the matrix products, as in training.precision")
-    optimizer: str = _option("adamw_torch_fused", "optimizer, as in optim.name")
     rank: int = _option(16, "rank of the LoRA matrices, on every linear layer but the head")
-    median_length: int = _option(
-        300, "median tokens of a row; lengths are log-normal, sigma 0.8, none above max_length"
-    )
     seed: int = _option(0, "seed of weights, rows and order")
-    trainer: Literal["smolfactory", "plain"] = _option(
-        "smolfactory", "plain: transformers' Trainer on padded rows with an attention mask, instead of this project's"
-    )
 
     def __post_init__(self) -> None:
         """
@@ -50,16 +50,33 @@ class Case:
         for name in ("micro_batch_rows", "accumulation_steps", "steps", "warmup_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.supervised is not None and not 0 < self.supervised < 1:
+            raise UserError(f"supervised={self.supervised:g} must be above 0 and below 1")
         longest = SHAPES[self.model]["max_position_embeddings"]
-        if not self.median_length <= self.max_length <= longest:
+        shortest = self.median_length if self.rows == "synthetic" else 8
+        if not shortest <= self.max_length <= longest:
             raise UserError(
-                f"max_length={self.max_length} must be from median_length={self.median_length} to the {longest} tokens "
-                f"that {self.model} takes; change one of them"
+                f"max_length={self.max_length} must be from {shortest}, the median_length of synthetic rows, to the "
+                f"{longest} tokens that {self.model} takes; change one of them"
             )
 
     @property
-    def layout(self) -> str:
-        """How rows are put into batches, in a word or two."""
-        if self.trainer == "plain":
-            return "plain Trainer"
-        return "packed" if self.packing else "unpacked"
+    def all_steps(self) -> int:
+        """Optimizer steps, warmup among them."""
+        return self.warmup_steps + self.steps
+
+    @property
+    def packs_needed(self) -> int:
+        """Packs for all steps."""
+        return self.all_steps * self.micro_batch_rows * self.accumulation_steps
+
+    @property
+    def title(self) -> str:
+        """What tells a case from the others, in words."""
+        batch = f"{self.accumulation_steps} x {self.micro_batch_rows} packs of {self.max_length:,} tokens a step"
+        parts = [f"{self.model} {self.method}", batch, f"{self.rows} rows"]
+        if self.supervised is not None:
+            parts.append(f"{self.supervised:.0%} supervised")
+        if self.gradient_checkpointing:
+            parts.append("gradient checkpointing")
+        return ", ".join(parts)

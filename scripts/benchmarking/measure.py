@@ -1,226 +1,140 @@
-"""One case measured in this process: the project's own trainer on packs, or transformers' on padded rows.
+"""One contender measured in this process, and the rate of the device's matrix products.
 
-figures = measure(case, folder)  # {"tokens_per_second": ..., "peak_memory_mib": ..., ...}
+figures = measure("smolfactory", layout, folder, attention="sdpa", started=time.time())
+rate = matrix_rate(case)
 """
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from peft import PeftModel
-from tokenizers import Tokenizer, models
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
+from transformers import Trainer
 
-from config.benchmark import SHAPES, peak_tflops
-from config.schema import AdapterConfig, EvaluationConfig, ModelConfig, OptimConfig, TrackingConfig, TrainingConfig
+from config.benchmark import peak_tflops
 from scripts.benchmarking.case import Case
+from scripts.benchmarking.clock import BatchCounts, Clock, CountingCollator, StepMarks, peak_memory_mib
+from scripts.benchmarking.contenders import build_trainer, takes_packs
+from scripts.benchmarking.floor import register_floor, train_floor
 from scripts.benchmarking.flops import Work
-from scripts.benchmarking.rows import FIRST_ID, rows_needed, synthetic_rows
-from src.adapters import add_adapter, count_parameters
-from src.loss import next_token_targets
-from src.model import load_model, load_settings, recompute_activations
-from src.packing import IGNORED, PackedRows
-from src.trainer import SFTTrainer, training_arguments
+from scripts.benchmarking.layout import Layout
+from scripts.benchmarking.models import arguments, autocast_dtype, build_model, tokenizer, weights_dtype
+from src.adapters import count_parameters
+from src.packing import IGNORED
 from utils.distributed import accelerator_name
 
-
-@dataclass(frozen=True)
-class BatchCounts:
-    """What one micro-batch holds."""
-
-    tokens: int
-    supervised: int
-    positions: int
-    """Tokens and padding."""
-    pairs: int
-    """Of a token and one that it sees: itself and those before it in its document."""
-
-    @classmethod
-    def of(cls, batch: dict[str, torch.Tensor], pad_token_id: int) -> "BatchCounts":
-        """
-        Args:
-            batch: `input_ids`, `labels` (B, L), and either `position_ids`, which start at 0 with each document, or
-                none, where each row is one document.
-        """
-        ids_BL = batch["input_ids"].numpy()
-        real_BL = ids_BL != pad_token_id
-        positions_BL = batch.get("position_ids")
-        if positions_BL is None:
-            positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1]), ids_BL.shape)
-        # A token at place p of its document sees p + 1 tokens.
-        pairs = int((np.asarray(positions_BL)[real_BL] + 1).sum())
-        supervised = int((next_token_targets(batch["labels"]) != IGNORED).sum())
-        return cls(int(real_BL.sum()), supervised, ids_BL.size, pairs)
+COMPARED_STEPS = 3
+"""First steps whose loss and gradient norm are kept for the comparison with other contenders."""
 
 
-@dataclass
-class CountingCollator:
-    """A trainer's own collator, with an account of what it made, in order."""
-
-    collator: Any
-    pad_token_id: int
-    counts: list[BatchCounts] = field(default_factory=list)
-
-    def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        batch = self.collator(rows)
-        self.counts.append(BatchCounts.of(batch, self.pad_token_id))
-        return batch
-
-
-class StepClock(TrainerCallback):
-    """When each optimizer step ended on the device, without making it wait: loading and logging count as well."""
-
-    def __init__(self) -> None:
-        self._marks: list[Any] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not torch.cuda.is_available():
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def seconds(self) -> list[float]:
-        """Seconds from the end of each step to that of the next: one fewer than steps."""
-        if not torch.cuda.is_available():
-            return [after - before for before, after in pairwise(self._marks)]
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self._marks)]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of special tokens alone: rows are ids from the start."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": FIRST_ID - 1}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<s>")), pad_token="<pad>", eos_token="</s>"
-    )
-
-
-def build_model(case: Case, folder: Path) -> PreTrainedModel | PeftModel:
-    """The case's model with random weights, made on the device that trains it.
+def measure(name: str, layout: Layout, folder: Path, *, attention: str, started: float) -> dict[str, Any]:
+    """Train a contender and say how fast that went, over the steps after warmup.
 
     Args:
-        folder: where the checkpoint is written that 4-bit weights are loaded from.
-    Raises:
-        UserError: the attention or the quantization is not to be had here.
-    """
-    dtype = case.dtype if case.dtype != "auto" else ("float32" if case.method == "full" else "bfloat16")
-    attention = "auto" if case.method == "qlora" else case.attention
-    config = ModelConfig(architecture=SHAPES[case.model], dtype=dtype, attention=attention)
-    words = tokenizer()
-    torch.manual_seed(case.seed)
-    with torch.device(accelerator_name()):
-        model = load_model(config, load_settings(config, words), words, trains_all=case.method == "full")
-    if case.method == "qlora":
-        model.save_pretrained(folder / "weights")
-        del model
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        config = ModelConfig(path=str(folder / "weights"), quantization="nf4", dtype=dtype, attention=case.attention)
-        model = load_model(config, load_settings(config, words), words, trains_all=False)
-    if case.gradient_checkpointing:
-        recompute_activations(model)
-    adapter = AdapterConfig() if case.method == "full" else AdapterConfig(kind="lora", rank=case.rank)
-    return add_adapter(model, adapter)
-
-
-def build_trainer(case: Case, model: PreTrainedModel | PeftModel, folder: Path) -> tuple[Trainer, CountingCollator]:
-    """A trainer with the case's rows, and the account of its batches."""
-    words = tokenizer()
-    args = training_arguments(
-        folder,
-        OptimConfig(name=case.optimizer, learning_rate=1e-4, schedule="constant"),
-        TrainingConfig(
-            max_steps=case.warmup_steps + case.steps,
-            micro_batch_rows=case.micro_batch_rows,
-            accumulation_steps=case.accumulation_steps,
-            precision=case.precision,
-            seed=case.seed,
-            log_every_steps=1,
-            save_every_steps=None,
-        ),
-        EvaluationConfig(),
-        TrackingConfig(),
-        autocasts=case.dtype != "float16",
-    )
-    rows = synthetic_rows(case, SHAPES[case.model]["vocab_size"], rows_needed(case))
-    if case.trainer == "plain":
-        padding = DataCollatorForSeq2Seq(words, label_pad_token_id=IGNORED)
-        trainer = Trainer(model=model, args=args, data_collator=padding, train_dataset=rows, processing_class=words)
-    else:
-        packs = PackedRows(rows, max_length=case.max_length, packing=case.packing)
-        trainer = SFTTrainer(model=model, args=args, tokenizer=words, train_packs=packs)
-    trainer.data_collator = CountingCollator(trainer.data_collator, words.pad_token_id)
-    return trainer, trainer.data_collator
-
-
-def measure(case: Case, folder: Path, *, peak: float | None = None) -> dict[str, Any]:
-    """Train a case and say how fast that went, over the steps after warmup.
-
-    Args:
-        folder: for what the trainer writes; the caller removes it.
-        peak: TFLOP/s of the device at best; None: as config/benchmark.py has it, for bf16.
+        folder: for what a trainer writes; the caller removes it.
+        attention: what TRL's packs are trained with.
+        started: when this process was started, in seconds of `time.time`.
     Raises:
         UserError: the machine cannot run this case, or its loss is not finite.
     """
-    model = build_model(case, folder)
-    parameters, work = count_parameters(model), Work.of(model)
-    trainer, batches = build_trainer(case, model, folder)
-    clock = StepClock()
-    trainer.add_callback(clock)
+    case, clock = layout.case, Clock(started=started)
+    if name == "floor":
+        register_floor()
+        args, model = arguments(case, folder), build_model(case, folder, attention="sdpa")
+        parameters, work = count_parameters(model), Work.of(model)
+        run = train_floor(model.to(args.device), layout, args, clock)
+        losses, norms = ([value.item() for value in values] for values in (run.losses, run.grad_norms))
+        counts, batches_per_step, extra = run.counts, case.accumulation_steps, {}
+    else:
+        trainer = build_trainer(name, layout, folder, attention=attention)
+        model = trainer.model
+        parameters, work = count_parameters(model), Work.of(model)
+        extra = {} if takes_packs(name) else {"loss_of_first_rows": _loss_of_first_rows(trainer, layout, clock)}
+        counts = _train(trainer, clock)
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        losses, norms = [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+        batches_per_step = trainer.args.gradient_accumulation_steps
+    first = [_sums(counts[step * batches_per_step :][:batches_per_step]) for step in range(COMPARED_STEPS)]
+    return {
+        **_speed(case, clock, counts[case.warmup_steps * batches_per_step :][: case.steps * batches_per_step], work),
+        "seconds_to_first_step": clock.first_step_s,
+        "peak_memory_mib": peak_memory_mib(),
+        "first_losses": losses[:COMPARED_STEPS],
+        "first_grad_norms": norms[:COMPARED_STEPS],
+        "first_supervised_tokens": [counts["supervised"] for counts in first][: case.all_steps],
+        "last_loss": losses[-1],
+        "parameters": parameters,
+        "attention": model.config._attn_implementation,
+        "rows_at_once": layout.case.micro_batch_rows if takes_packs(name) else layout.padded_rows,
+        "micro_batches_per_step": batches_per_step,
+        **extra,
+    }
+
+
+def _train(trainer: Trainer, clock: Clock) -> list[BatchCounts]:
+    """Train, and say what each micro-batch held."""
+    trainer.data_collator = CountingCollator(trainer.data_collator, tokenizer().pad_token_id)
+    trainer.add_callback(StepMarks(clock))
     trainer.train()
-    seconds = clock.seconds()[case.warmup_steps - 1 :]
-    measured = batches.counts[case.warmup_steps * case.accumulation_steps :][: case.steps * case.accumulation_steps]
-    tokens = sum(counts.tokens for counts in measured)
-    supervised = sum(counts.supervised for counts in measured)
-    flops = work.of_batch(tokens=tokens, supervised=supervised, pairs=sum(counts.pairs for counts in measured))
-    if peak is None and trainer.args.bf16 and torch.cuda.is_available():
-        peak = peak_tflops(torch.cuda.get_device_name())
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return trainer.data_collator.counts
+
+
+def _loss_of_first_rows(trainer: Trainer, layout: Layout, clock: Clock) -> float:
+    """Loss a supervised token, before training, over the rows of the first packed step, as this trainer computes it."""
+    began = time.time()
+    rows = [trainer.train_dataset[index] for index in range(layout.rows_of_first_step)]
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+    supervised = torch.tensor(sum(label != IGNORED for row in rows for label in row["labels"]))
+    total, at_once = 0.0, trainer.args.per_device_train_batch_size
+    trainer.model.train()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        for first in range(0, len(rows), at_once):
+            batch = trainer._prepare_inputs(trainer.data_collator(rows[first : first + at_once]))
+            loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=supervised.to(trainer.args.device))
+            total += loss.item()
+    clock.leave_out(time.time() - began)
+    return total
+
+
+def _sums(counts: Sequence[BatchCounts]) -> dict[str, int]:
+    names = ("tokens", "supervised", "positions", "pairs")
+    return {name: sum(getattr(batch, name) for batch in counts) for name in names}
+
+
+def _speed(case: Case, clock: Clock, measured: Sequence[BatchCounts], work: Work) -> dict[str, Any]:
+    """Figures of the steps after warmup."""
+    seconds, sums = clock.seconds()[case.warmup_steps - 1 :], _sums(measured)
+    whole = sum(seconds)
+    flops = work.of_batch(tokens=sums["tokens"], supervised=sums["supervised"], pairs=sums["pairs"])
     return {
         "steps": len(seconds),
         "seconds_per_step": median(seconds),
         "seconds_per_step_min": min(seconds),
         "seconds_per_step_max": max(seconds),
-        "tokens_per_second": tokens / sum(seconds),
-        "supervised_tokens_per_second": supervised / sum(seconds),
-        "tokens_per_step": tokens / case.steps,
-        "supervised_share": supervised / tokens,
-        "padding_share": 1 - tokens / sum(counts.positions for counts in measured),
-        "tflops_per_second": flops / sum(seconds) / 1e12,
-        "peak_tflops": peak,
-        "mfu": flops / sum(seconds) / 1e12 / peak if peak else None,
-        "peak_memory_mib": peak_memory_mib(),
-        "memory": "cuda" if torch.cuda.is_available() else "resident",
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "parameters": parameters,
-        "attention": model.config._attn_implementation,
-        "weights": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        "autocast": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else None,
+        "tokens_per_second": sums["tokens"] / whole,
+        "supervised_tokens_per_second": sums["supervised"] / whole,
+        "tokens_per_step": sums["tokens"] / case.steps,
+        "supervised_share": sums["supervised"] / sums["tokens"],
+        "padding_share": 1 - sums["tokens"] / sums["positions"],
+        "tflops_per_second": flops / whole / 1e12,
     }
 
 
-def peak_memory_mib() -> int:
-    """Most memory in use while training: what torch held on the GPU, or the resident size of this process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+def matrix_rate(case: Case) -> dict[str, Any]:
+    """TFLOP/s of a large matrix product in the number format that a case computes with, and what its maker states."""
+    device, dtype = accelerator_name(), autocast_dtype(case) or getattr(torch, weights_dtype(case))
+    size, times = (8192, 20) if device == "cuda" else (1536, 7)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock = Clock(started=time.time())
+    for _ in range(times + 3):  # the first are slower
+        left @ right
+        clock.mark()
+    stated = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" and dtype == torch.bfloat16 else None
+    return {
+        "matrix_tflops": 2 * size**3 / median(clock.seconds()[2:]) / 1e12,
+        "matrix_dtype": str(dtype).removeprefix("torch."),
+        "stated_tflops": stated,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+    }

@@ -1,20 +1,44 @@
-"""Token rows that look like instruction data in what costs time: lengths, supervised share, and frequencies of tokens.
+"""Token rows to train on: random ones that look like instruction data in what costs time, or real instructions.
 
-lengths, supervised = row_lengths(case, count=1000)
-rows = synthetic_rows(case, vocabulary=512, count=1000)
+rows = token_rows(case, data)          # columns input_ids and labels
+lengths = row_lengths(case, count=1000)
 """
+
+import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
+from config.benchmark import SHAPES
 from scripts.benchmarking.case import Case
 from src.packing import IGNORED
+from utils.errors import UserError
 
 SIGMA = 0.8
 """Standard deviation of the logarithm of a row's length."""
 
 FIRST_ID = 3
-"""Token ids below are the tokenizer's special ones, which no row holds."""
+"""Token ids below are the tokenizer's special ones, which no synthetic row holds."""
+
+SPAN_PAIR = (40, 200)
+"""Fewest and most tokens of a span that is not supervised and the supervised one after it, together."""
+
+
+def token_rows(case: Case, data: Path) -> Dataset:
+    """The rows of a case, with columns `input_ids` and `labels`; the same for the same case.
+
+    Args:
+        data: folder with the data sets and tokenizers, for real instructions.
+    Raises:
+        UserError: they are not there.
+    """
+    if case.rows == "synthetic":
+        rows = synthetic_rows(case, SHAPES[case.model]["vocab_size"], rows_needed(case))
+    else:
+        rows = instruction_rows(case, data)
+    return rows if case.supervised is None else supervise_spans(rows, case.supervised, seed=case.seed)
 
 
 def row_lengths(case: Case, count: int) -> np.ndarray:
@@ -32,21 +56,13 @@ def row_lengths(case: Case, count: int) -> np.ndarray:
 
 
 def rows_needed(case: Case) -> int:
-    """Rows for all steps of a case without a second epoch."""
-    batches = (case.warmup_steps + case.steps) * case.micro_batch_rows * case.accumulation_steps
-    if not (case.packing and case.trainer == "smolfactory"):
-        return batches
+    """Synthetic rows for all steps of a case without a second epoch."""
     sample = row_lengths(case, 1000)
-    return int(1.1 * batches * case.max_length / sample.mean()) + 8  # a tenth more, so that no step is part empty
-
-
-def rows_per_pack(case: Case) -> float:
-    """Rows that a full pack holds on average."""
-    return case.max_length / row_lengths(case, 1000).mean()
+    return int(1.1 * case.packs_needed * case.max_length / sample.mean()) + 8  # a tenth more: no step is part empty
 
 
 def synthetic_rows(case: Case, vocabulary: int, count: int) -> Dataset:
-    """Rows with columns `input_ids` and `labels`, the same for the same case.
+    """Rows of random tokens.
 
     The end of each row is supervised, a share of 0.2 to 0.8 of its tokens. Token frequencies fall as 1 / rank, so that
     there is something to learn: the loss falls from about log(vocabulary).
@@ -61,3 +77,51 @@ def synthetic_rows(case: Case, vocabulary: int, count: int) -> Dataset:
         ids.append(row)
         labels.append(np.concatenate([np.full(first, IGNORED, dtype=np.int32), row[first:]]))
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def write_instructions(data: Path, target: Path) -> None:
+    """Write alpaca_en_demo as messages, a line each.
+
+    Raises:
+        UserError: the data set is not in `data`.
+    """
+    source = data / "datasets/llama_factory/alpaca_en_demo.json"
+    if not source.is_file():
+        raise UserError(f"--data={data} has no datasets/llama_factory/alpaca_en_demo.json; give the folder that has it")
+    with open(target, "w", encoding="utf-8") as lines:
+        for row in json.loads(source.read_text("utf-8")):
+            question = "\n".join(filter(None, (row["instruction"], row["input"])))
+            turns = (("user", question), ("assistant", row["output"]))
+            messages = [{"role": role, "content": content} for role, content in turns]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+
+
+def instruction_rows(case: Case, data: Path) -> Dataset:
+    """alpaca_en_demo in Llama 2's tokens, with its answers supervised, rows above `max_length` cut."""
+    from config.schema import DataConfig, SourceConfig
+    from scripts.benchmarking.preparation import llama2_tokenizer
+    from src.data import build_datasets
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        file = Path(name) / "rows.jsonl"
+        write_instructions(data, file)
+        config = DataConfig(train=(SourceConfig(path=str(file)),), max_length=case.max_length, too_long="truncate")
+        rows = build_datasets(config, llama2_tokenizer(data), cache_folder=Path(name) / "cache").train
+        return Dataset.from_dict({column: rows[column][:] for column in ("input_ids", "labels")})
+
+
+def supervise_spans(rows: Dataset, share: float, *, seed: int) -> Dataset:
+    """The rows with other labels: about a share of each row's tokens, in spans, never its first token."""
+    generator = np.random.default_rng([seed, 2])
+    labels = []
+    for ids in rows["input_ids"]:
+        own = np.array(ids, dtype=np.int32)
+        supervised = np.zeros(len(own), dtype=bool)
+        pair = int(generator.integers(*SPAN_PAIR))
+        place = -int(generator.integers(pair))  # begins anywhere in a pair, so that short rows have their share too
+        while place < len(own):
+            end = place + pair
+            supervised[max(1, end - round(pair * share)) : max(1, end)] = True
+            place, pair = end, int(generator.integers(*SPAN_PAIR))
+        labels.append(np.where(supervised, own, IGNORED).astype(np.int32))
+    return rows.remove_columns("labels").add_column("labels", labels)
