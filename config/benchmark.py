@@ -57,9 +57,9 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     # for the tests: seconds on a CPU
     "tiny": ({"model": "tiny", "max_length": 256, "median_length": 60, "steps": 2, "warmup_steps": 1},),
     # 2 packs x 1024 = 2,048 tokens/step
-    "cpu-15m": ({"model": "llama-15m", "rows": "instructions", "max_length": 1024, "micro_batch_rows": 2},),
+    "cpu-15m": ({"model": "llama-15m", "rows": "instruction", "max_length": 1024, "micro_batch_rows": 2},),
     # 1 pack x 1024 = 1,024 tokens/step
-    "cpu-135m": ({"model": "llama-135m", "rows": "instructions", "max_length": 1024, "steps": 4, "warmup_steps": 2},),
+    "cpu-135m": ({"model": "llama-135m", "rows": "instruction", "max_length": 1024, "steps": 4, "warmup_steps": 2},),
     # 1.2 billion weights x 16 bytes (float32 weights, gradients and two moments) = 20 GB before activations
     "gpu-1b": _at_lengths(model="llama-1b"),
     # 8.0 billion x 2 bytes = 16 GB

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 TOLERANCES = {
-    # float32: sums in another order; Adam's first steps turn faint gradients into whole ones of either sign.
-    True: {"loss": 2e-5, "later_loss": 5e-4, "grad_norm": 1e-3, "later_grad_norm": 2e-2},
-    # bf16: products of 8 bits, and adapters that TRL holds in bf16 beside 4-bit weights.
-    False: {"loss": 2e-3, "later_loss": 5e-3, "grad_norm": 3e-2, "later_grad_norm": 1e-1},
+    # float32: sums run in another order, and Adam's first steps turn faint gradients into whole ones of either sign.
+    # Documents that see each other change the first gradient's norm by 3e-2 in a model of two layers.
+    True: {"loss": 2e-6, "later_loss": 5e-5, "grad_norm": 1e-4, "later_grad_norm": 5e-3},
+    # bf16: numbers of 8 bits; beside 4-bit weights TRL holds adapters in them too.
+    False: {"loss": 3e-4, "later_loss": 1e-3, "grad_norm": 1e-2, "later_grad_norm": 5e-2},
 }
 """Largest relative differences, by whether products are of float32: of the first step, and of those after it."""
 

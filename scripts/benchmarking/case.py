@@ -20,8 +20,8 @@ class Case:
 
     model: str = _option("tiny", "shape of the model: a name of config/benchmark.py")
     method: Literal["full", "lora", "qlora"] = _option("full", "what trains; qlora is LoRA beside nf4 weights")
-    rows: Literal["synthetic", "instructions"] = _option(
-        "synthetic", "synthetic: random tokens; instructions: alpaca_en_demo of --data, in Llama 2's tokens"
+    rows: Literal["synthetic", "instruction"] = _option(
+        "synthetic", "synthetic: random tokens; instruction: alpaca_en_demo of --data, in Llama 2's tokens"
     )
     median_length: int = _option(
         300, "median tokens of a synthetic row; lengths are log-normal, sigma 0.8, none above max_length"
@@ -31,6 +31,9 @@ class Case:
     )
     max_length: int = _option(2048, "tokens in a pack, and most tokens in a row")
     micro_batch_rows: int = _option(1, "packs that the device takes at once")
+    padded_rows: int = _option(
+        0, "rows that are padded together (0: as many as never take more positions than a micro-batch of packs)"
+    )
     accumulation_steps: int = _option(1, "micro-batches to an optimizer step")
     steps: int = _option(10, "optimizer steps that are measured")
     warmup_steps: int = _option(3, "optimizer steps before those, which are not")

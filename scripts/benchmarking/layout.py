@@ -52,7 +52,9 @@ class Layout:
 
     @property
     def padded_rows(self) -> int:
-        """Rows that are padded together: as many as never take more positions than a micro-batch of packs."""
+        """Rows that are padded together: unless the case says, as many as never take more positions than packs."""
+        if self.case.padded_rows:
+            return self.case.padded_rows
         longest = int(self.packs.lengths[self._rows_of(self.order)].max())
         return self.case.micro_batch_rows * self.case.max_length // longest
 

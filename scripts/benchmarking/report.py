@@ -8,8 +8,8 @@ from typing import Any
 
 HEADER = (
     "| contender | tokens/s | supervised tokens/s | smolfactory is | of the matrix rate | peak memory | first step "
-    "| padding | attention |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|---|\n"
+    "| batch | padding | attention |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|\n"
 )
 
 NOTES = """
@@ -20,8 +20,9 @@ product in the same number format, measured in each turn; a step's operations ar
 trains and 4 for a frozen one, the output head's at supervised tokens only, and 12 x width for each layer and pair of
 tokens of one document: what is computed again or in vain counts nothing. Peak memory is
 `torch.cuda.max_memory_allocated` while training, or on a CPU the resident size of the process. The first step is timed
-from the start of the process; rows are tokenized before. Padded contenders take as many rows at once as never take
-more positions than the packs do, and as many micro-batches a step as take about the same tokens.
+from the start of the process; rows are tokenized before. Batch is micro-batches a step x packs (padded: rows) at once.
+Padded contenders take as many micro-batches a step as take about the same tokens and, unless --padded_rows says, as
+many rows at once as never take more positions than the packs.
 """
 
 
@@ -46,7 +47,7 @@ def row(name: str, entry: dict[str, Any]) -> str:
     )
     if failures:
         error = failures[0].replace("|", "\\|").replace("\n", " ")
-        return f"| {name} | {error} | | | | | | | |\n"
+        return f"| {name} | {error} | | | | | | | | |\n"
     own = entry["contenders"].get("smolfactory", [])
     measured = own and not any("error" in result for result in own)
     ratio = f"{figure(own, 'tokens_per_second') / figure(results, 'tokens_per_second'):.2f} x" if measured else ""
@@ -60,6 +61,7 @@ def row(name: str, entry: dict[str, Any]) -> str:
         share,
         f"{figure(results, 'peak_memory_mib') / 1024:.2f} GiB",
         f"{figure(results, 'seconds_to_first_step'):.1f} s",
+        f"{results[0]['micro_batches_per_step']} x {results[0]['rows_at_once']}",
         f"{figure(results, 'padding_share'):.1%}",
         results[0]["attention"],
     ]

@@ -215,7 +215,7 @@ class Measurement:
         rows = token_rows(case, self.given.data)
         Layout.of(case, rows)  # so that too few packs are told before anything is trained
         rows.save_to_disk(str(folder / "rows"))
-        if case.rows == "instructions" and case.supervised is None:
+        if case.rows == "instruction" and case.supervised is None:
             entry["masks_beside_trl"] = self._ask(case, folder, MASKS)
         known = packed_attentions()
         if len(known) > 1 and "trl packed" in self.names:
