@@ -23,7 +23,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from scripts.benchmarking.case import Case
 from scripts.benchmarking.layout import Layout
-from scripts.benchmarking.models import adapter_config, arguments, build_model, tokenizer, write_weights
+from scripts.benchmarking.models import adapter_config, arguments, build_model, tokenizer
 from src.packing import IGNORED
 from src.trainer import SFTTrainer
 
@@ -75,10 +75,16 @@ def packed_attentions() -> list[str]:
     return [name for name, installed in flash.items() if installed][:1] or ["sdpa", "flex_attention"]
 
 
-def build_trainer(name: str, layout: Layout, folder: Path, *, attention: str) -> Trainer:
+def needs_checkpoint(name: str, case: Case) -> bool:
+    """Whether a contender loads the weights from a checkpoint, and does not make them."""
+    return case.method == "qlora" or name == "unsloth"
+
+
+def build_trainer(name: str, layout: Layout, folder: Path, *, weights: Path, attention: str) -> Trainer:
     """A contender's trainer with the rows of a case; every one but `floor` has one.
 
     Args:
+        weights: checkpoint for those who need one.
         attention: what TRL's packs are trained with.
     Raises:
         UserError: the machine cannot run it.
@@ -86,18 +92,18 @@ def build_trainer(name: str, layout: Layout, folder: Path, *, attention: str) ->
     case, words = layout.case, tokenizer()
     if name == "smolfactory":
         args = arguments(case, folder)
-        model = build_model(case, folder)
+        model = build_model(case, weights)
         return SFTTrainer(model=model, args=args, tokenizer=words, train_packs=layout.packs)
     if name == "trainer":
-        model = build_model(case, folder, attention="sdpa")
+        model = build_model(case, weights, attention="sdpa")
         args = TrainingArguments(**_given(layout, folder, packed=False))
         padding = DataCollatorForSeq2Seq(words, label_pad_token_id=IGNORED)
         rows = layout.rows_table()
         return Trainer(model=model, args=args, data_collator=padding, train_dataset=rows, processing_class=words)
     if name == "unsloth":
-        model = _unsloth_model(case, folder)
+        model = _unsloth_model(case, weights)
     else:
-        model = build_model(case, folder, attention=attention if takes_packs(name) else "sdpa")
+        model = build_model(case, weights, attention=attention if takes_packs(name) else "sdpa")
     return _trl_trainer(model, layout, folder, packed=takes_packs(name), liger=name == "trl liger")
 
 
@@ -129,13 +135,12 @@ def _trl_trainer(model: PreTrainedModel, layout: Layout, folder: Path, *, packed
     return trl.SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer())
 
 
-def _unsloth_model(case: Case, folder: Path) -> PreTrainedModel:
+def _unsloth_model(case: Case, weights: Path) -> PreTrainedModel:
     """The same weights as Unsloth loads them; its adapter starts from weights of its own."""
     from unsloth import FastLanguageModel
 
-    write_weights(case, folder / "weights")
     model, _ = FastLanguageModel.from_pretrained(
-        str(folder / "weights"),
+        str(weights),
         max_seq_length=case.max_length,
         dtype=None if case.dtype == "auto" else getattr(torch, case.dtype),
         load_in_4bit=case.method == "qlora",

@@ -1,6 +1,6 @@
 """One contender measured in this process, and the rate of the device's matrix products.
 
-figures = measure("smolfactory", layout, folder, attention="sdpa", started=time.time())
+figures = measure("smolfactory", layout, folder, weights=weights, attention="sdpa", started=time.time())
 rate = matrix_rate(case)
 """
 
@@ -29,11 +29,14 @@ COMPARED_STEPS = 3
 """First steps whose loss and gradient norm are kept for the comparison with other contenders."""
 
 
-def measure(name: str, layout: Layout, folder: Path, *, attention: str, started: float) -> dict[str, Any]:
+def measure(
+    name: str, layout: Layout, folder: Path, *, weights: Path, attention: str, started: float
+) -> dict[str, Any]:
     """Train a contender and say how fast that went, over the steps after warmup.
 
     Args:
         folder: for what a trainer writes; the caller removes it.
+        weights: checkpoint for those who need one.
         attention: what TRL's packs are trained with.
         started: when this process was started, in seconds of `time.time`.
     Raises:
@@ -42,13 +45,13 @@ def measure(name: str, layout: Layout, folder: Path, *, attention: str, started:
     case, clock = layout.case, Clock(started=started)
     if name == "floor":
         register_floor()
-        args, model = arguments(case, folder), build_model(case, folder, attention="sdpa")
+        args, model = arguments(case, folder), build_model(case, weights, attention="sdpa")
         parameters, work = count_parameters(model), Work.of(model)
         run = train_floor(model.to(args.device), layout, args, clock)
         losses, norms = ([value.item() for value in values] for values in (run.losses, run.grad_norms))
         counts, batches_per_step, extra = run.counts, case.accumulation_steps, {}
     else:
-        trainer = build_trainer(name, layout, folder, attention=attention)
+        trainer = build_trainer(name, layout, folder, weights=weights, attention=attention)
         model = trainer.model
         parameters, work = count_parameters(model), Work.of(model)
         extra = {} if takes_packs(name) else {"loss_of_first_rows": _loss_of_first_rows(trainer, layout, clock)}

@@ -1,6 +1,6 @@
 """The model of a case, with the same random weights for every contender, and what it trains with.
 
-model = build_model(case, folder, attention="sdpa")
+model = build_model(case, weights, attention="sdpa")
 args = arguments(case, folder)
 """
 
@@ -60,27 +60,21 @@ def arguments(case: Case, folder: Path) -> TrainingArguments:
 
 def write_weights(case: Case, folder: Path) -> None:
     """Write the case's random weights and its tokenizer as a checkpoint."""
-    words = tokenizer()
     _random_model(case, "sdpa").save_pretrained(folder)
-    words.save_pretrained(folder)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    tokenizer().save_pretrained(folder)
 
 
-def build_model(case: Case, folder: Path, *, attention: str = "auto") -> PreTrainedModel | PeftModel:
+def build_model(case: Case, weights: Path, *, attention: str = "auto") -> PreTrainedModel | PeftModel:
     """The case's model on the device that trains it, with its adapter; `auto` is proved, as train.py does.
 
     Args:
-        folder: where the checkpoint is written that 4-bit weights are loaded from.
+        weights: checkpoint by `write_weights` that 4-bit weights are loaded from.
         attention: `model.attention`.
     Raises:
         UserError: the attention or the quantization is not to be had here, or lets documents of a pack see each other.
     """
     if case.method == "qlora":
-        write_weights(case, folder / "weights")
-        config = ModelConfig(
-            path=str(folder / "weights"), quantization="nf4", dtype=weights_dtype(case), attention=attention
-        )
+        config = ModelConfig(path=str(weights), quantization="nf4", dtype=weights_dtype(case), attention=attention)
         model = load_model(config, load_settings(config, tokenizer()), tokenizer(), trains_all=False)
     else:
         model = _random_model(case, attention)

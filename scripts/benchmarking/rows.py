@@ -111,7 +111,7 @@ def instruction_rows(case: Case, data: Path) -> Dataset:
 
 
 def supervise_spans(rows: Dataset, share: float, *, seed: int) -> Dataset:
-    """The rows with other labels: about a share of each row's tokens, in spans, never its first token."""
+    """The rows with other labels: a share of all tokens, in spans; in each row one at least, and never the first."""
     generator = np.random.default_rng([seed, 2])
     labels = []
     for ids in rows["input_ids"]:
@@ -123,5 +123,7 @@ def supervise_spans(rows: Dataset, share: float, *, seed: int) -> Dataset:
             end = place + pair
             supervised[max(1, end - round(pair * share)) : max(1, end)] = True
             place, pair = end, int(generator.integers(*SPAN_PAIR))
+        if not supervised.any():  # TRL would leave the row out
+            supervised[-1] = True
         labels.append(np.where(supervised, own, IGNORED).astype(np.int32))
     return rows.remove_columns("labels").add_column("labels", labels)

@@ -32,8 +32,8 @@ from utils.files import write_json, write_text
 from utils.reproducibility import environment
 
 ROOT = Path(__file__).resolve().parents[2]
-MATRIX, MASKS = "matrix", "masks"
-"""What is measured beside the contenders, in processes of their own as well."""
+MATRIX, MASKS, WEIGHTS = "matrix", "masks", "weights"
+"""What is done beside the contenders' training, in processes of their own as well."""
 
 TRIAL_STEPS = {"warmup_steps": 2, "steps": 3}
 """Steps of a trial that tells which attention is the best for TRL."""
@@ -125,16 +125,19 @@ def work(folder: Path, task: dict[str, Any]) -> None:
 
     from scripts.benchmarking.layout import Layout
     from scripts.benchmarking.measure import matrix_rate, measure
+    from scripts.benchmarking.models import write_weights
 
-    case = Case(**task["case"])
+    case, found = Case(**task["case"]), {}
     if task["name"] == MATRIX:
         found = matrix_rate(case)
     elif task["name"] == MASKS:
         found = compare_masks(Path(task["data"]), Path(task["folder"]))
+    elif task["name"] == WEIGHTS:
+        write_weights(case, folder / WEIGHTS)
     else:
         layout = Layout.of(case, Dataset.load_from_disk(str(folder / "rows")))
-        place = Path(task["folder"])
-        found = measure(task["name"], layout, place, attention=task["attention"], started=task["started"])
+        given = {name: task[name] for name in ("attention", "started")}
+        found = measure(task["name"], layout, Path(task["folder"]), weights=folder / WEIGHTS, **given)
     write_json(Path(task["folder"]) / "result.json", found)
 
 
@@ -204,10 +207,14 @@ class Measurement:
         return self.record["cases"]
 
     def _prepare(self, case: Case, folder: Path, entry: dict[str, Any]) -> str:
-        """Write the case's rows, and find the best attention for TRL's packs."""
+        """Write the case's rows and, where needed, its weights, and find the best attention for TRL's packs.
+
+        Raises:
+            UserError: the weights could not be written.
+        """
         from datasets.utils.logging import disable_progress_bar
 
-        from scripts.benchmarking.contenders import packed_attentions
+        from scripts.benchmarking.contenders import needs_checkpoint, packed_attentions
         from scripts.benchmarking.layout import Layout
         from scripts.benchmarking.rows import token_rows
 
@@ -217,8 +224,12 @@ class Measurement:
         rows.save_to_disk(str(folder / "rows"))
         if case.rows == "instruction" and case.supervised is None:
             entry["masks_beside_trl"] = self._ask(case, folder, MASKS)
+        if any(needs_checkpoint(name, case) for name in self.names) and (
+            error := self._ask(case, folder, WEIGHTS).get("error")
+        ):
+            raise UserError(f"the weights of {case.title} could not be written: {error}")
         known = packed_attentions()
-        if len(known) > 1 and "trl packed" in self.names:
+        if len(known) > 1 and {"trl packed", "trl liger", "unsloth"} & set(self.names):
             short = dataclasses.replace(case, **TRIAL_STEPS)
             found = {name: self._ask(short, folder, "trl packed", attention=name) for name in known}
             entry["trials"] = {
