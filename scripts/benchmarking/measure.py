@@ -47,7 +47,7 @@ def measure(
         register_floor()
         args, model = arguments(case, folder), build_model(case, weights, attention="sdpa")
         parameters, work = count_parameters(model), Work.of(model)
-        run = train_floor(model.to(args.device), layout, args, clock)
+        run = train_floor(model, layout, args, clock)
         losses, norms = ([value.item() for value in values] for values in (run.losses, run.grad_norms))
         counts, batches_per_step, extra = run.counts, case.accumulation_steps, {}
     else:
@@ -59,14 +59,15 @@ def measure(
         lines = [line for line in trainer.state.log_history if "loss" in line]
         losses, norms = [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
         batches_per_step = trainer.args.gradient_accumulation_steps
-    first = [_sums(counts[step * batches_per_step :][:batches_per_step]) for step in range(COMPARED_STEPS)]
+    compared = range(min(COMPARED_STEPS, case.all_steps))
+    first = [_sums(counts[step * batches_per_step :][:batches_per_step])["supervised"] for step in compared]
     return {
         **_speed(case, clock, counts[case.warmup_steps * batches_per_step :][: case.steps * batches_per_step], work),
         "seconds_to_first_step": clock.first_step_s,
         "peak_memory_mib": peak_memory_mib(),
         "first_losses": losses[:COMPARED_STEPS],
         "first_grad_norms": norms[:COMPARED_STEPS],
-        "first_supervised_tokens": [counts["supervised"] for counts in first][: case.all_steps],
+        "first_supervised_tokens": first,
         "last_loss": losses[-1],
         "parameters": parameters,
         "attention": model.config._attn_implementation,

@@ -102,9 +102,13 @@ def _case_text(entry: dict[str, Any]) -> str:
         text += f"Attention of TRL's packs, by a trial (tokens/s): {trials}.\n"
     if entry["masks_beside_trl"]:
         masks = entry["masks_beside_trl"]
-        text += masks.get("error") or (
-            f"Of the first {masks['rows']} rows, {masks['rows_that_differ']} differ in an id or a label from what "
-            "TRL's assistant_only_loss makes of them with marks in the template.\n"
+        text += (
+            f"Masks were not compared: {masks['error']}\n"
+            if "error" in masks
+            else (
+                f"Of the first {masks['rows']} rows, {masks['rows_that_differ']} differ in an id or a label from what "
+                "TRL's assistant_only_loss makes of them with marks in the template.\n"
+            )
         )
     return text + "\n" + agreement_text(entry)
 
