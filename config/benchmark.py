@@ -47,8 +47,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def _at_lengths(**fields: Any) -> tuple[dict[str, Any], ...]:
-    """Micro-batches of 16,384 tokens, as packs of 4,096 and as one pack."""
-    return (fields | {"max_length": 4096, "micro_batch_rows": 4}, fields | {"max_length": 16384, "micro_batch_rows": 1})
+    """Micro-batches of 16,384 tokens: as packs of 4,096 with short rows, and as one pack with long ones."""
+    short = {"max_length": 4096, "micro_batch_rows": 4, "median_length": 300}
+    long = {"max_length": 16384, "micro_batch_rows": 1, "median_length": 2000}
+    return fields | short, fields | long
 
 
 _EIGHT_BILLION = {"model": "llama-8b", "dtype": "bfloat16", "gradient_checkpointing": True}
