@@ -101,6 +101,7 @@ def train(command: CommandLine) -> None:
         eval_packs=eval_packs,
         keep_checkpoints=config.training.keep_checkpoints,
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
+        optim=config.optim,
         callbacks=[Progress(), metrics, answers],
     )
     if config.hub.repo_id and is_main_process():

@@ -269,16 +269,29 @@ class DataConfig:
 class OptimConfig:
     """How weights are updated."""
 
-    name: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
-        "adamw_torch_fused"
-    )
-    """Optimizer, by its transformers name. The 8-bit ones need a GPU."""
+    name: str = _limited("adamw_torch_fused", min_length=1)
+    """Optimizer: any of transformers' names, such as `adamw_torch`, `paged_adamw_8bit`, `adafactor` or `sgd`; or
+    `muon`, which trains the matrices of the layers by Muon and all else by AdamW (arXiv:2502.16982). The 8-bit ones
+    need a GPU; some need a package, which is told before the run starts."""
 
     learning_rate: float = _limited(2e-5, gt=0)
     """Peak learning rate, above 0."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after warmup: held, or lowered to 0 along a line or a half cosine."""
+    lora_plus_ratio: float = _limited(1.0, ge=1)
+    """How many times the learning rate LoRA's B matrices train with, at least 1 (LoRA+, arXiv:2402.12354, which
+    advises 16). 1: as all else."""
+
+    schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
+    """Course of the learning rate after warmup: held, lowered along a line or a half cosine, or held and then lowered
+    over the last `decay_fraction` of the steps."""
+
+    min_lr_fraction: float = _limited(0.0, ge=0, lt=1)
+    """Share of the peak learning rate that the schedule ends at, from 0 to below 1. With `warmup_stable_decay` the
+    warmup starts there too."""
+
+    decay_fraction: float = _limited(0.2, gt=0, le=1)
+    """Share of all steps over which `warmup_stable_decay` lowers the learning rate, as 1 - sqrt of their progress
+    (arXiv:2405.18392); above 0, to 1."""
 
     warmup_fraction: float | None = _limited(None, ge=0, lt=1)
     """Share of all steps over which the learning rate rises from 0, from 0 to below 1. None: see `warmup_steps`."""
@@ -287,7 +300,7 @@ class OptimConfig:
     """Steps over which the learning rate rises from 0. None: see `warmup_fraction`; both None: no warmup."""
 
     weight_decay: float = _limited(0.0, ge=0)
-    """Decoupled weight decay of matrices; norms and biases have none. 0 or above."""
+    """Weight decay of matrices, 0 or above; norms, biases and embeddings have none."""
 
     beta1: float = _limited(0.9, ge=0, lt=1)
     """Adam's decay of the mean gradient, from 0 to below 1."""

@@ -27,6 +27,7 @@ from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, Trainin
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
 from src.loss import next_token_targets, supervised_nll
+from src.optim import OptimizerHooks, check_installed, optimizer_arguments
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter
@@ -76,7 +77,7 @@ def training_arguments(
         autocasts: whether `training.precision` applies; false for weights that are held in float64 or float16.
         resumes: whether the run goes on from a checkpoint, and so is not evaluated before its first step.
     Raises:
-        UserError: the precision is not to be had on this machine, or a tracker is not installed.
+        UserError: the precision or the optimizer is not to be had on this machine, or a tracker is not installed.
     """
     for tracker in tracking.report_to:
         if importlib.util.find_spec(tracker) is None:
@@ -85,22 +86,13 @@ def training_arguments(
                 "requirements/tracking.txt), or leave it out"
             )
     bf16, fp16 = uses_autocast(training.precision) if autocasts else (False, False)
-    warmup = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         run_name=run_name,
         project=tracking.project,
         report_to=list(tracking.report_to) or "none",
         use_cpu=accelerator_name() == "cpu",
-        optim=optim.name,
-        learning_rate=optim.learning_rate,
-        lr_scheduler_type=warmup,
-        warmup_steps=optim.warmup_steps if optim.warmup_steps is not None else (optim.warmup_fraction or 0.0),
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2,
-        adam_epsilon=optim.eps,
-        max_grad_norm=optim.max_grad_norm or 0.0,
+        **optimizer_arguments(optim),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.micro_batch_rows,
@@ -127,6 +119,8 @@ def training_arguments(
         dataloader_pin_memory=accelerator_name() == "cuda",
         average_tokens_across_devices=False,  # the global step's tokens are counted here, not by Trainer
     )
+    check_installed(args)
+    return args
 
 
 class _FeedPlace(TrainerCallback):
@@ -156,7 +150,7 @@ def _token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(OptimizerHooks, Trainer):
     """Trainer whose loss is summed over supervised tokens and divided by their number in the global step."""
 
     loss_is_scaled_for_ga = True
@@ -173,12 +167,14 @@ class SFTTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         keep_checkpoints: int = 2,
         tokens_per_micro_batch: int | None = None,
+        optim: OptimConfig | None = None,
     ) -> None:
         """
         Args:
             train_packs, eval_packs: rows as packs; with a stream of them, `args` must have `max_steps`.
             tokens_per_micro_batch: most tokens in a micro-batch, padding included. None: `args` counts its packs.
             keep_checkpoints: newest checkpoints kept on disk.
+            optim: what `args` was made from, of which Muon, LoRA+ and the length of a decay are read. None: defaults.
         Raises:
             UserError: several GPUs are visible to one process.
         """
@@ -202,6 +198,7 @@ class SFTTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs; start one for each with `accelerate launch train.py ...`, or "
                 "show it one with CUDA_VISIBLE_DEVICES=0"
             )
+        self.optim = optim or OptimConfig()
         self.model_accepts_loss_kwargs = True  # Trainer's word for: the loss is not divided by accumulation again
         self.checkpoints = CheckpointWriter(Path(args.output_dir), keep=keep_checkpoints)
         self._split = StepSplit(
