@@ -270,24 +270,22 @@ class OptimConfig:
     """How weights are updated."""
 
     name: str = _limited("adamw_torch_fused", min_length=1)
-    """Optimizer: any of transformers' names, such as `adamw_torch`, `paged_adamw_8bit`, `adafactor` or `sgd`; or
-    `muon`, which trains the matrices of the layers by Muon and all else by AdamW (arXiv:2502.16982). The 8-bit ones
-    need a GPU; some need a package, which is told before the run starts."""
+    """Optimizer, by its transformers name, or `muon`. `muon`: the matrices of the layers train by Muon, all else by
+    AdamW (arXiv:2502.16982). The 8-bit and paged ones are made for GPUs; some need a package of their own."""
 
     learning_rate: float = _limited(2e-5, gt=0)
     """Peak learning rate, above 0."""
 
     lora_plus_ratio: float = _limited(1.0, ge=1)
-    """How many times the learning rate LoRA's B matrices train with, at least 1 (LoRA+, arXiv:2402.12354, which
-    advises 16). 1: as all else."""
+    """Learning rate of LoRA's B matrices over that of all else, at least 1. LoRA+ advises 16 (arXiv:2402.12354)."""
 
     schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     """Course of the learning rate after warmup: held, lowered along a line or a half cosine, or held and then lowered
     over the last `decay_fraction` of the steps."""
 
     min_lr_fraction: float = _limited(0.0, ge=0, lt=1)
-    """Share of the peak learning rate that the schedule ends at, from 0 to below 1. With `warmup_stable_decay` the
-    warmup starts there too."""
+    """Share of the peak learning rate that the schedule ends at, from 0 to below 1. With `warmup_stable_decay`, warmup
+    starts there too."""
 
     decay_fraction: float = _limited(0.2, gt=0, le=1)
     """Share of all steps over which `warmup_stable_decay` lowers the learning rate, as 1 - sqrt of their progress

@@ -87,7 +87,7 @@ def check_installed(args: TrainingArguments) -> None:
     except (ImportError, ValueError, NotImplementedError) as error:
         name = OptimizerNames(args.optim).value
         raise UserError(
-            f"optim.name={name} cannot be used here: {error}; or use optim.name={OptimConfig().name}"
+            f"optim.name={name} cannot be used here: {error}; change that, or use optim.name={OptimConfig().name}"
         ) from error
 
 
