@@ -276,9 +276,6 @@ class OptimConfig:
     learning_rate: float = _limited(2e-5, gt=0)
     """Peak learning rate, above 0."""
 
-    lora_plus_ratio: float = _limited(1.0, ge=1)
-    """Learning rate of LoRA's B matrices over that of all else, at least 1. LoRA+ advises 16 (arXiv:2402.12354)."""
-
     schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     """Course of the learning rate after warmup: held, lowered along a line or a half cosine, or held and then lowered
     over the last `decay_fraction` of the steps."""
@@ -296,6 +293,9 @@ class OptimConfig:
 
     warmup_steps: int | None = _limited(None, ge=0)
     """Steps over which the learning rate rises from 0. None: see `warmup_fraction`; both None: no warmup."""
+
+    lora_plus_ratio: float = _limited(1.0, ge=1)
+    """Learning rate of LoRA's B matrices over that of all else, at least 1. LoRA+ advises 16 (arXiv:2402.12354)."""
 
     weight_decay: float = _limited(0.0, ge=0)
     """Weight decay of matrices, 0 or above; norms, biases and embeddings have none."""
