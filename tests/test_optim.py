@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -27,7 +28,7 @@ from src.optim import (
     optimizer_arguments,
     raise_rate_of_lora_b,
 )
-from tests.tiny_run import run_train, write_recipe
+from tests.tiny_run import run_train, weights_of, write_recipe
 from utils.errors import UserError
 
 PEAK = 3e-3
@@ -144,6 +145,22 @@ def test_adapters_of_layers_decay_and_those_of_embeddings_do_not():
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens", "q_proj"])
     names = decayed_names(get_peft_model(tiny_llama(), config))
     assert [name.split(".")[-3] for name in names if "lora" in name] == ["lora_A", "lora_B"]
+
+
+def test_vectors_outside_norms_do_not_decay():
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], use_dora=True)
+    model = get_peft_model(tiny_llama(), config)
+    vectors = [name for name, weight in model.named_parameters() if weight.ndim == 1 and "magnitude" in name]
+    assert len(vectors) == 1
+    assert set(vectors).isdisjoint(decayed_names(model))
+
+
+def test_weights_that_deepspeed_has_parted_decay_by_their_whole_shape():
+    model = tiny_llama()
+    expected = decayed_names(model)
+    for weight in model.parameters():
+        weight.ds_shape, weight.data = weight.shape, torch.empty(0)  # what ZeRO-3 leaves of a weight
+    assert decayed_names(model) == expected
 
 
 def test_trainer_decays_what_is_named(tmp_path):
@@ -339,6 +356,24 @@ def test_a_run_with_an_optimizer_that_is_not_installed_ends_before_its_data(tmp_
     assert "error: optim.name=grokadamw cannot be used here: " in done.stderr
     assert "pip install grokadamw" in done.stderr
     assert "rows kept" not in done.stderr
+
+
+def test_a_schedule_free_run_ends_with_the_averaged_weights(tmp_path):
+    pytest.importorskip("schedulefree", reason="pip install schedulefree")
+    optim = {"name": "schedule_free_adamw", "schedule": "constant", "warmup_steps": 2}
+    done = run_train("--config", write_recipe(tmp_path, data={"eval": None}, optim=optim))
+    assert done.code == 0, done.stderr
+    run = tmp_path / "outputs" / "run"
+    trained, result = weights_of(run / "checkpoint-4"), weights_of(run / "model")
+    state = torch.load(run / "checkpoint-4" / "optimizer.pt")
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    decayed = decayed_names(model)
+    order = decayed + [name for name, _ in model.named_parameters() if name not in decayed]
+    for index, name in enumerate(order):
+        # y = 0.9 x + 0.1 z, where training is at y and x is the average (arXiv:2405.15682).
+        average = (trained[name] - 0.1 * state["state"][index]["z"]) / 0.9
+        torch.testing.assert_close(result[name], average, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(result[name], trained[name])
 
 
 # the table
