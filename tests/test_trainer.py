@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
 from src.attention import DOCUMENTS, register_documents
-from src.loss import supervised_nll
+from src.loss import SupervisedLoss, supervised_nll
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.trainer import SFTTrainer, training_arguments
 from utils.errors import UserError
@@ -126,19 +126,20 @@ def relative_change(model, reference):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("supervise_all", [True, False])
-@pytest.mark.parametrize("keep_by_mask", [True, False])
+@pytest.mark.parametrize("plain_elements", [0, 2**30])
 @pytest.mark.parametrize("attention", [DOCUMENTS, "sdpa"])
-def test_loss_of_packed_and_padded_rows_is_that_of_each_row_alone(packing, supervise_all, keep_by_mask, attention):
+def test_loss_of_packed_and_padded_rows_is_that_of_each_row_alone(packing, supervise_all, plain_elements, attention):
     model, rows = tiny_model(attention=attention), uneven_rows(supervise_all=supervise_all)
     packs = PackedRows(rows, max_length=LENGTH, packing=packing)
-    total, tokens = 0.0, 0
+    total, tokens, score = 0.0, 0, SupervisedLoss(plain_elements=plain_elements)
     for start in range(0, len(packs), 4):
         collator = PackCollator(0, tells_longest=attention == DOCUMENTS)
         batch = collator([packs[index] for index in range(start, min(start + 4, len(packs)))])
         with torch.no_grad():
-            nll, row = supervised_nll(model, batch, keep_by_mask=keep_by_mask)
-        assert int(row.max()) < len(batch["input_ids"])
-        total, tokens = total + nll.double().sum().item(), tokens + len(nll)
+            scored = score(model, batch)
+        assert int(scored.row.max()) < len(batch["input_ids"])
+        assert scored.nll.sum().item() == pytest.approx(scored.total.item(), rel=1e-6)
+        total, tokens = total + scored.nll.double().sum().item(), tokens + len(scored.nll)
     assert total / tokens == pytest.approx(reference_loss(model, rows), rel=1e-6)
 
 
