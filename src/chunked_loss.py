@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -106,8 +105,10 @@ def chunked_loss(
     """
     rows = rows or chunk_rows(vocabulary, hidden_TH.device)
     if type(head) is torch.nn.Linear and _product_dtype(hidden_TH, head.weight) != torch.float16:
-        weight_VH, bias_V = _whole(head.weight), None if head.bias is None else _whole(head.bias)
-        return _LinearHeadLoss.apply(hidden_TH, weight_VH, bias_V, targets_T, objective, rows)
+        inputs = (hidden_TH, head.weight, head.bias)
+        if not torch.is_grad_enabled():  # what needs a gradient would get one all the same
+            inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+        return _LinearHeadLoss.apply(*inputs, targets_T, objective, rows)
 
     def part(hidden_CH: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss_C, nll_C = token_losses(head.forward(hidden_CH), targets_C, objective)
@@ -125,11 +126,6 @@ def chunked_loss(
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     """In float32 at least."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter with all its rows, if it is sharded."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _product_dtype(hidden_TH: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -185,7 +181,7 @@ class _LinearHeadLoss(torch.autograd.Function):
                 elif needs_weight:
                     grad_weight += grad_CV.T @ hidden[span]
                 del grad_CV  # else it would stand beside the next chunk's blocks
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden_TH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         ctx.mark_non_differentiable(nll_T)
         return loss_T.sum(), nll_T
@@ -193,11 +189,10 @@ class _LinearHeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale the gradients, in place: a second backward pass is an error."""
-        gradients, ctx.gradients = ctx.gradients, None
+        """Scale the gradients in place, which makes autograd refuse a second backward pass."""
         scaled = (
             None if gradient is None else gradient.mul_(grad_loss).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*scaled, None, None, None)
 

@@ -15,7 +15,7 @@ vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,11 +129,11 @@ class SupervisedLoss:
         targets_T = next_token_targets(batch["labels"]).flatten()[places_T]
         scored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def replace(head: torch.nn.Module, hidden_TH: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
+        def score(head: torch.nn.Module, hidden_TH: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
             scored.append(chunked_loss(head, hidden_TH, targets_T, self.objective, vocabulary=nothing.shape[-1]))
             return nothing.detach() + scored[0][0]  # no rows, and yet the loss's way out through the wrappers' hooks
 
-        with _at_head(_head_of(model), places_T, replace):
+        with _at_head(_head_of(model), places_T, score):
             logits = model(**_arguments(batch)).logits
         (total, nll_T), *_ = scored
         # A sum over nothing adds 0, and makes the backward pass start where the wrappers wait for it.
@@ -147,13 +147,14 @@ class SupervisedLoss:
         """
         training = [module for module in model.modules() if module.training]
         model.eval()
-        self.chunks = False
-        transform = _transform_of(model, batch)
-        if transform is not None:
-            self.objective = Objective(self.objective.label_smoothing, self.objective.z_loss, transform)
-            self.chunks = self._agrees(model, batch)
-        for module in training:
-            module.training = True
+        try:
+            transform = _transform_of(model, batch)
+            if transform is not None:
+                self.objective = replace(self.objective, transform=transform)
+            self.chunks = transform is not None and self._agrees(model, batch)
+        finally:
+            for module in training:
+                module.training = True
         if not self.chunks:
             log.warning(
                 "what %s does to its logits is unknown, so those of a whole batch's supervised tokens are stored at "
@@ -205,13 +206,13 @@ def _is_coarse(tensor: torch.Tensor) -> bool:
 def _at_head(
     head: torch.nn.Module | None,
     places_T: torch.Tensor,
-    replace: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    score: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[list[torch.Tensor]]:
     """Let a head see the hidden states at some places only, while the context lasts.
 
     Args:
         places_T: positions, counted through all rows.
-        replace: makes the head's output of the head, the hidden states and an output without rows (1, 0, V), which is
+        score: makes the head's output of the head, the hidden states and an output without rows (1, 0, V), which is
             then all that the head itself computes. None: the head makes logits, (1, T, V).
     Returns:
         The hidden states of each call, (T, H); empty if the head was not called.
@@ -220,13 +221,13 @@ def _at_head(
 
     def gather(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         seen.append(args[0].flatten(end_dim=-2).index_select(0, places_T))
-        return (seen[-1][None] if replace is None else seen[-1][None, :0], *args[1:])
+        return (seen[-1][None] if score is None else seen[-1][None, :0], *args[1:])
 
     def put(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return replace(module, seen[-1], output)
+        return score(module, seen[-1], output)
 
     handles = [] if head is None else [head.register_forward_pre_hook(gather)]
-    if head is not None and replace is not None:
+    if head is not None and score is not None:
         handles.append(head.register_forward_hook(put, prepend=True))  # before a wrapper's hook parts the weights again
     try:
         yield seen
@@ -274,7 +275,7 @@ def _transform_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> 
         head.register_forward_hook(lambda module, args, output: raw.append(output)),
     ]
     try:
-        final = model(**_arguments(few)).logits.double()
+        final = model(**_arguments(few)).logits.cpu().double()  # some devices have no float64
     finally:
         for handle in handles:
             handle.remove()
@@ -283,7 +284,7 @@ def _transform_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> 
     # Some roundings of the largest logit, in the coarsest format that it passed through.
     allowed = 8 * torch.finfo(raw[0].dtype).eps * final.abs().max()
     settings = _causal_model(model).config.get_text_config().to_dict()
-    for transform in transforms_named_in(settings):
-        if bool((transform(raw[0].double()) - final).abs().max() <= allowed):
-            return transform
-    return None
+    given = raw[0].cpu().double()
+    distances = [((transform(given) - final).abs().max(), transform) for transform in transforms_named_in(settings)]
+    distance, nearest = min(distances, key=lambda pair: pair[0])  # bfloat16 allows more than a scale near 1 does
+    return nearest if bool(distance <= allowed) else None

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src import loss as loss_module
@@ -111,7 +112,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_product_for_one():
     flops = {}
     for trains in (True, False):
         head.requires_grad_(trains)
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             total, _ = chunked_loss(head, hidden.requires_grad_(), targets, Objective(), vocabulary=VOCABULARY, rows=9)
             total.backward()
         flops[trains] = counter.get_total_flops()
@@ -123,10 +124,12 @@ def test_a_frozen_head_gets_no_gradient_and_no_product_for_one():
     assert flops == {True: 3 * product, False: 2 * product}
 
 
-def test_without_gradients_the_loss_is_the_same():
+def test_without_gradients_the_loss_is_the_same_for_one_product():
     (hidden, targets), head = problem(), linear_head()
-    with torch.no_grad():
+    hidden.requires_grad_()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         total, _ = chunked_loss(head, hidden, targets, Objective(0.1, 1e-3), vocabulary=VOCABULARY, rows=9)
+    assert counter.get_total_flops() == 2 * TOKENS * WIDTH * VOCABULARY
     expected, _ = written_out(head(hidden).double(), targets, smoothing=0.1, z_loss=1e-3)
     assert error(total, expected.detach()) <= FLOAT32
 
@@ -135,7 +138,7 @@ def test_a_second_backward_pass_is_an_error_and_not_a_wrong_gradient():
     (hidden, targets), head = problem(), linear_head()
     total, _ = chunked_loss(head, hidden.requires_grad_(), targets, Objective(), vocabulary=VOCABULARY)
     total.backward(retain_graph=True)
-    with pytest.raises(TypeError):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
 
 
@@ -287,6 +290,32 @@ def test_a_transform_that_no_number_of_the_config_explains_is_left_to_the_model(
     assert error(scored.total, plain_loss(model, batch)[0].detach()) <= 3e-6
 
 
+def test_a_scale_near_one_is_not_taken_for_its_inverse_in_bfloat16():
+    # The configuration's number may multiply or divide, and 8 roundings in bfloat16 are more than these differ by.
+    model, score = tiny("granite", logits_scaling=1.02).to(torch.bfloat16), SupervisedLoss(plain_elements=0)
+    score(model, batch_of())
+    assert score.chunks
+    assert score.objective.transform == LogitTransform(scale=1 / 1.02)
+
+
+def test_a_model_that_names_no_head_is_scored_from_its_own_logits(monkeypatch, caplog):
+    model, batch = tiny("llama"), batch_of()
+    expected = gradients(model, plain_loss(model, batch)[0])
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    scored = SupervisedLoss(plain_elements=0)(model, batch)
+    assert "LlamaForCausalLM does to its logits is unknown" in caplog.text
+    assert_equal_gradients(gradients(model, scored.total), expected, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gemma2"])
+def test_recomputed_activations_give_the_same_gradients(name):
+    model, batch = tiny(name).train(), batch_of()
+    expected = gradients(model, plain_loss(model, batch)[0])
+    model.gradient_checkpointing_enable()
+    scored = SupervisedLoss(plain_elements=0)(model, batch)
+    assert_equal_gradients(gradients(model, scored.total), expected, 2e-5)
+
+
 @pytest.mark.parametrize("plain_elements", [0, 2**30])
 def test_a_batch_with_nothing_supervised_has_a_zero_loss_with_a_graph(plain_elements):
     model, batch = tiny("llama"), batch_of(supervised=0.0)
@@ -308,6 +337,16 @@ def test_asking_a_model_leaves_its_mode_and_the_random_state():
     assert score.chunks
     assert [module.training for module in model.modules()] == modes
     assert torch.get_rng_state().equal(state)
+
+
+def test_a_model_that_fails_when_it_is_asked_is_left_as_it_was():
+    model, score = tiny("llama").train(), SupervisedLoss()
+    handle = model.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(model, batch_of())
+    handle.remove()
+    assert all(module.training for module in model.modules())
+    assert score.chunks is None
 
 
 def test_each_token_is_scored_alike_with_and_without_chunks():
