@@ -334,6 +334,14 @@ class TrainingConfig:
     """Micro-batches a device adds up before an optimizer step, at least 1. The loss is divided by the supervised tokens
     of all of them, so this never changes the gradient of a given global batch."""
 
+    label_smoothing: float = _limited(0.0, ge=0, lt=1)
+    """Share of a token's target that is spread evenly over the vocabulary, from 0 to below 1. The reported loss is
+    without it."""
+
+    z_loss: float = _limited(0.0, ge=0)
+    """Weight of the squared log of the softmax's denominator, which keeps logits small (arXiv:2204.02311); 1e-4 is
+    usual. 0 or above; the reported loss is without it."""
+
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Number format of the matrix products while float32 weights train (autocast). `auto`: bf16 on a GPU that has it,
     float32 elsewhere."""

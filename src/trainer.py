@@ -26,7 +26,7 @@ from transformers.training_args import TrainingArguments
 from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
-from src.loss import next_token_targets, supervised_nll
+from src.loss import SupervisedLoss, next_token_targets
 from src.optim import OptimizerHooks, check_installed, optimizer_arguments
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.streaming import RowStream, StreamFeed
@@ -168,6 +168,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         keep_checkpoints: int = 2,
         tokens_per_micro_batch: int | None = None,
         optim: OptimConfig | None = None,
+        score: SupervisedLoss | None = None,
     ) -> None:
         """
         Args:
@@ -175,6 +176,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             tokens_per_micro_batch: most tokens in a micro-batch, padding included. None: `args` counts its packs.
             keep_checkpoints: newest checkpoints kept on disk.
             optim: what `args` was made from, of which Muon, LoRA+ and the length of a decay are read. None: defaults.
+            score: what is minimized. None: the negative log-likelihood.
         Raises:
             UserError: several GPUs are visible to one process.
         """
@@ -200,6 +202,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             )
         self.optim = optim or OptimConfig()
         self.model_accepts_loss_kwargs = True  # Trainer's word for: the loss is not divided by accumulation again
+        self.score = score or SupervisedLoss()
         self.checkpoints = CheckpointWriter(Path(args.output_dir), keep=keep_checkpoints)
         self._split = StepSplit(
             rows=args.per_device_train_batch_size,
@@ -215,7 +218,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._tokens_since = time.perf_counter()
         # Trainer adds up losses in float32, which is coarser than what is compared here.
         wide = torch.float32 if args.device.type == "mps" else torch.float64
-        self._loss = torch.zeros((), dtype=wide, device=args.device)
+        self._loss = torch.zeros(2, dtype=wide, device=args.device)  # negative log-likelihood, objective
         self._steps = 0  # optimizer steps that `_loss` holds
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
 
@@ -297,9 +300,10 @@ class SFTTrainer(OptimizerHooks, Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Summed loss over the global step's supervised tokens, times the processes, whose gradients are averaged."""
-        nll_T, _ = supervised_nll(model, inputs)
-        loss = nll_T.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
-        self._loss += loss.detach()
+        scored = self.score(model, inputs)
+        sums = torch.stack((scored.total, scored.nll.sum()))
+        loss, nll = sums * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        self._loss += torch.stack((nll, loss)).detach()
         self._finite &= torch.isfinite(loss.detach())
         if loss.device.type == "cpu":  # elsewhere the look would wait for the device, so it is taken when logging
             self.stop_unless_finite()
@@ -327,9 +331,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
         """Each row's summed loss and supervised tokens, both (B,), from which the exact mean is made at the end."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll_T, row_T = supervised_nll(model, inputs)
-        rows = len(inputs["input_ids"])
-        nll_B = torch.zeros(rows, dtype=nll_T.dtype, device=nll_T.device).index_add_(0, row_T, nll_T)
+            scored = self.score(model, inputs)
+        nll_B = scored.nll.new_zeros(len(inputs["input_ids"])).index_add_(0, scored.row, scored.nll)
         tokens_B = (next_token_targets(inputs["labels"]) != IGNORED).sum(dim=1)
         return None, nll_B, tokens_B
 
@@ -337,7 +340,10 @@ class SFTTrainer(OptimizerHooks, Trainer):
         """As Trainer's, with the loss unrounded, and the speed since the last training line, over all processes."""
         if "loss" in logs:
             self.stop_unless_finite()
-            logs["loss"] = (self.accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)).item()
+            means = self.accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)
+            logs["loss"], objective = means.tolist()
+            if not self.score.objective.plain:
+                logs["objective"] = objective
             seconds = max(1e-9, time.perf_counter() - self._tokens_since)
             supervised, tokens = self._tokens.tolist()
             logs["tokens_per_second"] = tokens / seconds

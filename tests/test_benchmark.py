@@ -160,8 +160,8 @@ def test_the_command_measures_every_case_that_works(tmp_path):
     page = output.with_suffix(".md").read_text()
     assert page == markdown(record)
     assert page in done.stdout
-    assert "| tiny full, packed, 256 tokens, sdpa, float32 weights" in page
-    assert "| tiny qlora, packed, 256 tokens, sdpa, bfloat16 weights" in page
+    assert "| tiny full, packed, 256 tokens, documents, float32 weights" in page
+    assert "| tiny qlora, packed, 256 tokens, documents, bfloat16 weights" in page
     assert "| failed: " in page
     for text in (page, output.with_suffix(".json").read_text()):
         assert str(ROOT) not in text
