@@ -35,6 +35,7 @@ def train(command: CommandLine) -> None:
     from src.callbacks import Answers, MetricsFile, Progress
     from src.contract import enforce
     from src.data import build_datasets, token_folder
+    from src.loss import SupervisedLoss
     from src.model import context_length, load_model, load_settings, load_tokenizer, recompute_activations
     from src.pack_report import pack_report
     from src.packing import PackedRows
@@ -101,6 +102,8 @@ def train(command: CommandLine) -> None:
         eval_packs=eval_packs,
         keep_checkpoints=config.training.keep_checkpoints,
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
+        optim=config.optim,
+        score=SupervisedLoss(label_smoothing=config.training.label_smoothing, z_loss=config.training.z_loss),
         callbacks=[Progress(), metrics, answers],
     )
     if config.hub.repo_id and is_main_process():

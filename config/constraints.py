@@ -23,6 +23,8 @@ SOURCE_ROLES = ("system", "developer", "user", "assistant", "tool", "function_ca
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _ADAM_FIELDS = ("beta1", "beta2", "eps")
+_NO_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor", "lomo", "adalomo", "galore", "grokadamw", "schedule_free_sgd")
+_NO_WEIGHT_DECAY = ("lomo", "adalomo", "galore", "apollo")
 
 
 class ConfigError(ValueError):
@@ -291,11 +293,66 @@ def _optim(config: RunConfig) -> Iterator[str]:
             f"optim.warmup_steps={optim.warmup_steps} is not below training.max_steps={max_steps}, so the learning "
             "rate would never reach its peak; lower it, or give optim.warmup_fraction instead"
         )
-    changed = _changed(optim, _ADAM_FIELDS)
-    if optim.name in ("sgd", "adafactor") and changed:
+    yield from _schedule(optim)
+    yield from _optimizer(config)
+
+
+def _schedule(optim: OptimConfig) -> Iterator[str]:
+    """The course of the learning rate."""
+    name, fraction = optim.schedule, optim.decay_fraction
+    if optim.min_lr_fraction and name == "constant":
+        yield (
+            f"optim.min_lr_fraction={optim.min_lr_fraction} given with optim.schedule=constant, which lowers no "
+            "learning rate; leave it out, or give optim.schedule=cosine"
+        )
+    if name != "warmup_stable_decay" and _changed(optim, ("decay_fraction",)):
+        yield (
+            f"optim.decay_fraction={fraction} given with optim.schedule={name}; leave it out, or give "
+            "optim.schedule=warmup_stable_decay"
+        )
+    if name == "warmup_stable_decay" and (optim.warmup_fraction or 0) + fraction > 1 + 1e-9:
+        yield (
+            f"optim.warmup_fraction={optim.warmup_fraction} and optim.decay_fraction={fraction} are more than all "
+            "steps; lower one of them"
+        )
+    if optim.name.startswith("schedule_free"):
+        if name != "constant":
+            yield f"optim.name={optim.name} replaces a schedule; give optim.schedule=constant"
+        if optim.warmup_fraction:
+            yield (
+                f"optim.name={optim.name} warms up by itself, over a number of steps; give optim.warmup_steps in "
+                f"place of optim.warmup_fraction={optim.warmup_fraction}"
+            )
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    """What an optimizer does not have or cannot do."""
+    optim, training, default = config.optim, config.training, OptimConfig().name
+    unused = _ADAM_FIELDS if optim.name.startswith(_NO_ADAM) else ("eps",) if "lion" in optim.name else ()
+    unused += ("weight_decay",) if optim.name.startswith(_NO_WEIGHT_DECAY) else ()
+    if changed := _changed(optim, unused):
         names = ", ".join(f"optim.{name}" for name in changed)
-        default = OptimConfig().name
         yield f"{names} given with optim.name={optim.name}, which has none; leave out, or give optim.name={default}"
+    if optim.lora_plus_ratio != 1 and config.adapter.kind != "lora":
+        yield (
+            f"optim.lora_plus_ratio={optim.lora_plus_ratio} needs LoRA's B matrices, and adapter.kind="
+            f"{config.adapter.kind} has none; give adapter.kind=lora, or leave it out"
+        )
+    if not (optim.name.endswith("_layerwise") or optim.name in ("lomo", "adalomo")):
+        return
+    # Each weight is updated within the backward pass, by an optimizer that checkpoints do not hold.
+    for name, given, wanted in (
+        ("training.accumulation_steps", training.accumulation_steps, 1),
+        ("training.save_every_steps", training.save_every_steps, None),
+        ("optim.max_grad_norm", optim.max_grad_norm, None),
+        ("optim.lora_plus_ratio", optim.lora_plus_ratio, 1),
+    ):
+        if given != wanted:
+            shown = "null" if wanted is None else wanted
+            yield (
+                f"{name}={given} cannot be kept with optim.name={optim.name}, which updates each weight within the "
+                f"backward pass; give {name}={shown}, or optim.name={default}"
+            )
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:

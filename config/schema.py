@@ -269,16 +269,24 @@ class DataConfig:
 class OptimConfig:
     """How weights are updated."""
 
-    name: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
-        "adamw_torch_fused"
-    )
-    """Optimizer, by its transformers name. The 8-bit ones need a GPU."""
+    name: str = _limited("adamw_torch_fused", min_length=1)
+    """Optimizer, by its transformers name, or `muon`. `muon`: the matrices of the layers train by Muon, all else by
+    AdamW (arXiv:2502.16982). The 8-bit and paged ones are made for GPUs; some need a package of their own."""
 
     learning_rate: float = _limited(2e-5, gt=0)
     """Peak learning rate, above 0."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after warmup: held, or lowered to 0 along a line or a half cosine."""
+    schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
+    """Course of the learning rate after warmup: held, lowered along a line or a half cosine, or held and then lowered
+    over the last `decay_fraction` of the steps."""
+
+    min_lr_fraction: float = _limited(0.0, ge=0, lt=1)
+    """Share of the peak learning rate that the schedule ends at, from 0 to below 1. With `warmup_stable_decay`, warmup
+    starts there too."""
+
+    decay_fraction: float = _limited(0.2, gt=0, le=1)
+    """Share of all steps over which `warmup_stable_decay` lowers the learning rate, as 1 - sqrt of their progress
+    (arXiv:2405.18392); above 0, to 1."""
 
     warmup_fraction: float | None = _limited(None, ge=0, lt=1)
     """Share of all steps over which the learning rate rises from 0, from 0 to below 1. None: see `warmup_steps`."""
@@ -286,8 +294,11 @@ class OptimConfig:
     warmup_steps: int | None = _limited(None, ge=0)
     """Steps over which the learning rate rises from 0. None: see `warmup_fraction`; both None: no warmup."""
 
+    lora_plus_ratio: float = _limited(1.0, ge=1)
+    """Learning rate of LoRA's B matrices over that of all else, at least 1. LoRA+ advises 16 (arXiv:2402.12354)."""
+
     weight_decay: float = _limited(0.0, ge=0)
-    """Decoupled weight decay of matrices; norms and biases have none. 0 or above."""
+    """Weight decay of matrices, 0 or above; norms, biases and embeddings have none."""
 
     beta1: float = _limited(0.9, ge=0, lt=1)
     """Adam's decay of the mean gradient, from 0 to below 1."""
@@ -322,6 +333,14 @@ class TrainingConfig:
     accumulation_steps: int = _limited(1, ge=1)
     """Micro-batches a device adds up before an optimizer step, at least 1. The loss is divided by the supervised tokens
     of all of them, so this never changes the gradient of a given global batch."""
+
+    label_smoothing: float = _limited(0.0, ge=0, lt=1)
+    """Share of a token's target that is spread evenly over the vocabulary, from 0 to below 1. The reported loss is
+    without it."""
+
+    z_loss: float = _limited(0.0, ge=0)
+    """Weight of the squared log of the softmax's denominator, which keeps logits small (arXiv:2204.02311); 1e-4 is
+    usual. 0 or above; the reported loss is without it."""
 
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Number format of the matrix products while float32 weights train (autocast). `auto`: bf16 on a GPU that has it,

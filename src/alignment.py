@@ -199,7 +199,7 @@ class TurnFinder:
             )
             raise RowRefusedError(Refusal(conversation.origin, "unaligned", reason))
         wanted = set(supervised_turns(conversation, self.supervise))
-        spans = []
+        spans, unlike = [], ""
         for turn, (start, end) in zip(turns, marked, strict=True):
             tail = re.search(rf"(?:\s*{self.template.special_token.pattern})+\s*$", text[start:end])
             stop = self.template.stop_after(text, start + tail.start() if tail else end)
@@ -207,7 +207,20 @@ class TurnFinder:
                 raise without_stop(conversation, turn, text[start:end])
             if turn in wanted:
                 spans.append((start, stop))
-        return RenderedChat(text, tuple(spans))
+                unlike = unlike or self._other_prompt(conversation, turn, text[:start])
+        return RenderedChat(text, tuple(spans), unlike_served=unlike)
+
+    def _other_prompt(self, conversation: Conversation, turn: int, before: str) -> str:
+        """Why a server's prompt for a turn is not the text before it in the row; empty: it is."""
+        if turn == 0:
+            return ""
+        asked = replace(conversation, messages=conversation.messages[:turn])
+        [prompt] = self.template.render_each([asked], generation_prompt=True)
+        if isinstance(prompt, Refusal):
+            return "it refuses the messages before the turn"
+        if prompt == before:
+            return ""
+        return f"its prompt for message {turn + 1} ends in {prompt[-40:]!r}, where the row has {before[-40:]!r}"
 
 
 def supervised_spans(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[RenderedChat | Refusal]:

@@ -1,21 +1,55 @@
-"""Next-token loss at supervised positions only; logits of other positions are never computed.
+"""Next-token loss at supervised positions only; logits of other positions are never computed, and none stored whole.
 
-    nll_T, row_T = supervised_nll(model, batch)
-    loss = nll_T.sum() / supervised_tokens_in_the_global_step
+    score = SupervisedLoss(label_smoothing=0.0, z_loss=0.0)
+    scored = score(model, batch)
+    loss = scored.total / supervised_tokens_in_the_global_step
 
-Shapes: B rows in a batch, L tokens in a row, T supervised tokens in the batch, V tokens in the vocabulary.
+The model is called as it is wrapped, with hooks on its head for the length of the call: one keeps of the hidden states
+those before supervised tokens, the other makes the loss of them. So all that depends on a wrapper's forward still
+runs (DDP's and DeepSpeed's gradient hooks, autocast, LoRA), and the loss is made where FSDP2 and ZeRO-3 have the head's
+weights whole: inside its forward. The loss then leaves through the model's output, as their backward hooks need.
+
+Shapes: B rows in a batch, L tokens in a row, T supervised tokens in the batch, H the model's width, V tokens in the
+vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch.nn import functional
-from transformers import modeling_utils
+from transformers import PreTrainedModel
 
 from src.attention import border_arguments
+from src.chunked_loss import LogitTransform, Objective, chunked_loss, token_losses, transforms_named_in
 from src.packing import IGNORED
+from utils.logging import get_logger
 
-_KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")  # a (B, L) mask as `logits_to_keep`
+log = get_logger(__name__)
+
+PLAIN_ELEMENTS = 2**20
+"""Logits up to which a batch is scored whole: 4 MiB in float32, where chunks would save nothing."""
+
+PROBE_SPREAD = 40.0
+"""Standard deviation of the logits that a model's transform of them is told by: soft-caps bend them well."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the supervised tokens of a batch are scored with."""
+
+    total: torch.Tensor
+    """Sum of the objective over them, in nats: a scalar with a graph behind it, also where there are none."""
+
+    nll: torch.Tensor
+    """(T,), negative log-likelihood of each in nats, without smoothing, z-loss and graph; float32, or wider if logits
+    are."""
+
+    row: torch.Tensor
+    """(T,), the row that each stands in, int64."""
 
 
 def next_token_targets(labels_BL: torch.Tensor) -> torch.Tensor:
@@ -23,43 +57,234 @@ def next_token_targets(labels_BL: torch.Tensor) -> torch.Tensor:
     return functional.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
 
 
-def supervised_nll(
-    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], *, keep_by_mask: bool = _KEEPS_BY_MASK
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of every supervised token, with the row that it stands in.
+def supervised_places(labels_BL: torch.Tensor) -> torch.Tensor:
+    """Positions before supervised tokens, (T,), counted through all rows. On a GPU this waits for the device."""
+    return (next_token_targets(labels_BL).flatten() != IGNORED).nonzero()[:, 0]
 
-    The model's head sees the hidden states before supervised tokens only, through `logits_to_keep`. A batch without a
-    supervised token still passes through the model, so that a distributed backward finds its graph.
+
+def _places(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Those of a batch: as the collator counted them where it did, which spares the wait."""
+    given = batch.get("supervised_places")
+    return supervised_places(batch["labels"]) if given is None else given
+
+
+def supervised_nll(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of every supervised token, each with a graph, and the row that it stands in.
+
+    Their logits are stored whole: `SupervisedLoss` needs far less memory.
 
     Args:
         model: a causal language model, wrapped or not.
-        batch: `input_ids`, `labels` (-100 where not supervised) and `position_ids`, each (B, L); with
-            `longest_document` in it, attention is told that and `document_borders`.
-        keep_by_mask: whether the model takes a (B, L) mask, which keeps exactly the supervised positions. Otherwise
-            those that any row supervises are kept for all rows.
+        batch: `input_ids`, `labels` (-100 where not supervised) and `position_ids`, each (B, L); if they are
+            known `supervised_places`, (T,); with `longest_document` in it, attention is told that and
+            `document_borders`.
     Returns:
         `nll_T` in nats, float32 or the model's own wider type; `row_T`, int64, the row of each.
     """
-    targets_BL = next_token_targets(batch["labels"])
-    supervised_BL = targets_BL != IGNORED
-    keep_BL = supervised_BL.clone()
-    if not bool(keep_BL.any()):
-        keep_BL[0, 0] = True
-    if keep_by_mask:
-        kept, targets_K, rows_K = keep_BL, targets_BL[keep_BL], keep_BL.nonzero()[:, 0]
-    else:
-        kept = keep_BL.any(dim=0).nonzero()[:, 0]
-        targets_K = targets_BL[:, kept].flatten()
-        rows_K = torch.arange(len(targets_BL), device=kept.device).repeat_interleave(len(kept))
-    places = {"position_ids": batch["position_ids"]}
+    places_T = _places(batch)
+    targets_T = next_token_targets(batch["labels"]).flatten()[places_T]
+    logits_TV = _supervised_logits(model, batch, places_T)
+    loss_T, _ = token_losses(logits_TV, targets_T, Objective())
+    return loss_T, places_T // batch["labels"].shape[1]
+
+
+class SupervisedLoss:
+    """Scores the supervised tokens of batches; what the model does to its logits is learned at the first of them."""
+
+    def __init__(
+        self, *, label_smoothing: float = 0.0, z_loss: float = 0.0, plain_elements: int = PLAIN_ELEMENTS
+    ) -> None:
+        """
+        Args:
+            label_smoothing: share of a target's weight that is spread over the whole vocabulary.
+            z_loss: weight of logsumexp(logits)^2, which keeps logits from drifting (arXiv:2204.02311).
+            plain_elements: logits up to which a batch is scored whole.
+        """
+        self.objective = Objective(label_smoothing, z_loss)
+        self.plain_elements = plain_elements
+        self.chunks: bool | None = None
+        """Whether chunks give this model's loss; None before it was asked."""
+
+    def __call__(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> Scored:
+        """Score a batch. Every process of a sharded model calls this together.
+
+        Args:
+            model, batch: as `supervised_nll` takes them.
+        """
+        if self.chunks is None:
+            self._learn(model, batch)
+        places_T = _places(batch)
+        vocabulary = _causal_model(model).config.get_text_config().vocab_size
+        if self.chunks and len(places_T) * vocabulary > self.plain_elements:
+            return self._in_chunks(model, batch, places_T)
+        return self._whole(model, batch, places_T)
+
+    def _whole(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor) -> Scored:
+        targets_T = next_token_targets(batch["labels"]).flatten()[places_T]
+        logits_TV = _supervised_logits(model, batch, places_T)
+        loss_T, nll_T = token_losses(logits_TV, targets_T, self.objective.of_final_logits())
+        return Scored(loss_T.sum(), nll_T, places_T // batch["labels"].shape[1])
+
+    def _in_chunks(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor) -> Scored:
+        targets_T = next_token_targets(batch["labels"]).flatten()[places_T]
+        scored: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def score(head: torch.nn.Module, hidden_TH: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
+            scored.append(chunked_loss(head, hidden_TH, targets_T, self.objective, vocabulary=nothing.shape[-1]))
+            return nothing.detach() + scored[0][0]  # no rows, and yet the loss's way out through the wrappers' hooks
+
+        with _at_head(_head_of(model), places_T, score):
+            logits = model(**_arguments(batch)).logits
+        (total, nll_T), *_ = scored
+        # A sum over nothing adds 0, and makes the backward pass start where the wrappers wait for it.
+        return Scored(total + logits.sum(), nll_T, places_T // batch["labels"].shape[1])
+
+    @torch.no_grad()
+    def _learn(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+        """Find what the model does to its logits, and prove that chunks give the loss of its own logits.
+
+        The random state stays as it is: dropout is off meanwhile.
+        """
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            transform = _transform_of(model, batch)
+            if transform is not None:
+                self.objective = replace(self.objective, transform=transform)
+            self.chunks = transform is not None and self._agrees(model, batch)
+        finally:
+            for module in training:
+                module.training = True
+        if not self.chunks:
+            log.warning(
+                "what %s does to its logits is unknown, so those of a whole batch's supervised tokens are stored at "
+                "once: with a large vocabulary that takes much memory; fewer training.micro_batch_rows take less",
+                type(_causal_model(model)).__name__,
+            )
+
+    def _agrees(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the chunked loss of a few tokens is that of the model's full logits."""
+        few = _few_tokens(batch)
+        logits_TV = model(**_arguments(few)).logits.flatten(end_dim=-2)
+        targets_T = next_token_targets(few["labels"]).flatten()
+        places_T = _places(few)
+        loss_T, nll_T = token_losses(logits_TV[places_T], targets_T[places_T], self.objective.of_final_logits())
+        scored = self._in_chunks(model, few, places_T)
+        coarse = 0.02 if _is_coarse(logits_TV) else 1e-4
+        return bool(torch.isclose(scored.total, loss_T.sum(), rtol=coarse)) and bool(
+            torch.allclose(scored.nll, nll_T, rtol=coarse, atol=coarse)
+        )
+
+
+def _arguments(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What the model is called with."""
+    arguments = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     if "longest_document" in batch:
-        places |= border_arguments(batch["document_borders"], batch["longest_document"])
-    logits = model(input_ids=batch["input_ids"], **places, use_cache=False, logits_to_keep=kept).logits
+        arguments |= border_arguments(batch["document_borders"], batch["longest_document"])
+    return arguments
+
+
+def _causal_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside its wrappers."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _head_of(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that makes logits; None where the model names none."""
+    head = _causal_model(model).get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.modules_to_save[head.active_adapter]  # PEFT's trained copy, a layer like the original
+    return head
+
+
+def _is_coarse(tensor: torch.Tensor) -> bool:
+    """Whether numbers of 8 or 11 bits went into it."""
+    return tensor.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(tensor.device.type)
+
+
+@contextmanager
+def _at_head(
+    head: torch.nn.Module | None,
+    places_T: torch.Tensor,
+    score: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> Iterator[list[torch.Tensor]]:
+    """Let a head see the hidden states at some places only, while the context lasts.
+
+    Args:
+        places_T: positions, counted through all rows.
+        score: makes the head's output of the head, the hidden states and an output without rows (1, 0, V), which is
+            then all that the head itself computes. None: the head makes logits, (1, T, V).
+    Returns:
+        The hidden states of each call, (T, H); empty if the head was not called.
+    """
+    seen: list[torch.Tensor] = []
+
+    def gather(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(args[0].flatten(end_dim=-2).index_select(0, places_T))
+        return (seen[-1][None] if score is None else seen[-1][None, :0], *args[1:])
+
+    def put(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return score(module, seen[-1], output)
+
+    handles = [] if head is None else [head.register_forward_pre_hook(gather)]
+    if head is not None and score is not None:
+        handles.append(head.register_forward_hook(put, prepend=True))  # before a wrapper's hook parts the weights again
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _supervised_logits(
+    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor
+) -> torch.Tensor:
+    """Final logits at some places, (T, V), through the model's own forward."""
+    with _at_head(_head_of(model), places_T) as seen:
+        logits = model(**_arguments(batch)).logits
     logits_KV = logits.flatten(end_dim=-2)
-    if logits_KV.dtype in (torch.float16, torch.bfloat16):
-        logits_KV = logits_KV.float()
-    nll_K = functional.cross_entropy(logits_KV, targets_K, ignore_index=IGNORED, reduction="none")
-    if not bool(supervised_BL.any()):
-        return nll_K, rows_K  # one zero, with a graph behind it
-    counted_K = targets_K != IGNORED
-    return nll_K[counted_K], rows_K[counted_K]
+    return logits_KV if seen else logits_KV.index_select(0, places_T)
+
+
+def _few_tokens(batch: Mapping[str, torch.Tensor], tokens: int = 16) -> dict[str, torch.Tensor]:
+    """Some tokens of the vocabulary's start as one document, all supervised but the first."""
+    device = batch["input_ids"].device
+    ids = torch.arange(1, 1 + tokens, device=device)[None] % 7
+    labels = ids.clone()
+    labels[0, 0] = IGNORED
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(tokens, device=device)[None]}
+
+
+def _transform_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> LogitTransform | None:
+    """What a model does to its head's output, told from both; None where no known transform does that.
+
+    The head is given random numbers in place of hidden states, so large that a soft-cap shows.
+    """
+    few, head, raw = _few_tokens(batch), _head_of(model), []
+    if head is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+
+    def spread(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        noise = torch.randn(args[0].shape, generator=generator).to(args[0])
+        first = module.forward(noise, *args[1:])
+        return (noise * (PROBE_SPREAD / first.float().std().clamp(min=1e-6)).to(noise.dtype), *args[1:])
+
+    handles = [
+        head.register_forward_pre_hook(spread),
+        head.register_forward_hook(lambda module, args, output: raw.append(output)),
+    ]
+    try:
+        final = model(**_arguments(few)).logits.cpu().double()  # some devices have no float64
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(raw) != 1 or raw[0].shape != final.shape:
+        return None
+    # Some roundings of the largest logit, in the coarsest format that it passed through.
+    allowed = 8 * torch.finfo(raw[0].dtype).eps * final.abs().max()
+    settings = _causal_model(model).config.get_text_config().to_dict()
+    given = raw[0].cpu().double()
+    distances = [((transform(given) - final).abs().max(), transform) for transform in transforms_named_in(settings)]
+    distance, nearest = min(distances, key=lambda pair: pair[0])  # bfloat16 allows more than a scale near 1 does
+    return nearest if bool(distance <= allowed) else None

@@ -296,15 +296,21 @@ def _method(run: _Run) -> str:
 
 def _optimizer(run: _Run) -> str:
     name, clip = run.get("optim.name", ""), run.get("optim.max_grad_norm")
-    parts = [name, *(f"{beta} {run.get(f'optim.{beta}')}" for beta in ("beta1", "beta2") if "adam" in name)]
+    betas = ("beta1", "beta2") if "adam" in name or name == "muon" else ()
+    parts = [name, *(f"{beta} {run.get(f'optim.{beta}')}" for beta in betas)]
     parts += [f"weight decay {run.get('optim.weight_decay')}"]
+    if (ratio := run.get("optim.lora_plus_ratio", 1.0)) != 1:
+        parts += [f"LoRA's B matrices at {ratio:g} times the learning rate"]
     return ", ".join([*parts, f"gradient norm at most {clip}"] if clip else parts)
 
 
 def _learning_rate(run: _Run) -> str:
     fraction, steps = run.get("optim.warmup_fraction"), run.get("optim.warmup_steps")
     warmup = f"{steps} steps" if steps is not None else f"{fraction:.4g} of the steps" if fraction else "none"
-    return f"{run.get('optim.learning_rate'):.4g} at its peak, {run.get('optim.schedule')}, warmup: {warmup}"
+    course = run.get("optim.schedule")
+    if floor := run.get("optim.min_lr_fraction"):
+        course += f" to {floor:g} of it"
+    return f"{run.get('optim.learning_rate'):.4g} at its peak, {course}, warmup: {warmup}"
 
 
 def _results(run: _Run) -> str:

@@ -204,8 +204,9 @@ class PackCollator:
             `input_ids`, `labels`, `position_ids`: int64 tensors of shape (B, L), or (1, tokens) if `flat`; and
             `document_borders`: int32, (documents + 1,), where in all rows of the batch, one after the other, each
             document starts, and then their end. It is what variable-length attention calls `cu_seqlens`. Padding
-            belongs to the last document before it. With `tells_longest` also `longest_document`: its tokens, as a
-            number of the host.
+            belongs to the last document before it. `supervised_places`: int64, (supervised tokens,), the positions
+            before them, counted through all rows of the batch. With `tells_longest` also `longest_document`: its
+            tokens, as a number of the host.
         """
         tokens = [len(pack["input_ids"]) for pack in packs]
         shape = (1, sum(tokens)) if self.flat else (len(packs), max(tokens))
@@ -217,6 +218,7 @@ class PackCollator:
             labels.reshape(-1)[start : start + length] = pack["labels"]
         documents = [start + np.cumsum([0, *pack["lengths"][:-1]]) for pack, start in zip(packs, starts, strict=True)]
         borders = np.concatenate([*documents, [input_ids.size]])
+        next_labels = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
         position_ids = np.arange(input_ids.size) - np.repeat(borders[:-1], np.diff(borders))
         longest = {"longest_document": int(np.diff(borders).max())} if self.tells_longest else {}
         return {
@@ -225,4 +227,5 @@ class PackCollator:
             "position_ids": torch.from_numpy(position_ids.reshape(shape)),
             "document_borders": torch.from_numpy(borders.astype(np.int32)),
             **longest,
+            "supervised_places": torch.from_numpy(np.flatnonzero(next_labels != IGNORED)),
         }

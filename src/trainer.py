@@ -26,7 +26,8 @@ from transformers.training_args import TrainingArguments
 from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
-from src.loss import next_token_targets, supervised_nll
+from src.loss import SupervisedLoss, next_token_targets
+from src.optim import OptimizerHooks, check_installed, optimizer_arguments
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter
@@ -76,7 +77,7 @@ def training_arguments(
         autocasts: whether `training.precision` applies; false for weights that are held in float64 or float16.
         resumes: whether the run goes on from a checkpoint, and so is not evaluated before its first step.
     Raises:
-        UserError: the precision is not to be had on this machine, or a tracker is not installed.
+        UserError: the precision or the optimizer is not to be had on this machine, or a tracker is not installed.
     """
     for tracker in tracking.report_to:
         if importlib.util.find_spec(tracker) is None:
@@ -85,22 +86,13 @@ def training_arguments(
                 "requirements/tracking.txt), or leave it out"
             )
     bf16, fp16 = uses_autocast(training.precision) if autocasts else (False, False)
-    warmup = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         run_name=run_name,
         project=tracking.project,
         report_to=list(tracking.report_to) or "none",
         use_cpu=accelerator_name() == "cpu",
-        optim=optim.name,
-        learning_rate=optim.learning_rate,
-        lr_scheduler_type=warmup,
-        warmup_steps=optim.warmup_steps if optim.warmup_steps is not None else (optim.warmup_fraction or 0.0),
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2,
-        adam_epsilon=optim.eps,
-        max_grad_norm=optim.max_grad_norm or 0.0,
+        **optimizer_arguments(optim),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.micro_batch_rows,
@@ -127,6 +119,8 @@ def training_arguments(
         dataloader_pin_memory=accelerator_name() == "cuda",
         average_tokens_across_devices=False,  # the global step's tokens are counted here, not by Trainer
     )
+    check_installed(args)
+    return args
 
 
 class _FeedPlace(TrainerCallback):
@@ -156,7 +150,7 @@ def _token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(OptimizerHooks, Trainer):
     """Trainer whose loss is summed over supervised tokens and divided by their number in the global step."""
 
     loss_is_scaled_for_ga = True
@@ -173,12 +167,16 @@ class SFTTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         keep_checkpoints: int = 2,
         tokens_per_micro_batch: int | None = None,
+        optim: OptimConfig | None = None,
+        score: SupervisedLoss | None = None,
     ) -> None:
         """
         Args:
             train_packs, eval_packs: rows as packs; with a stream of them, `args` must have `max_steps`.
             tokens_per_micro_batch: most tokens in a micro-batch, padding included. None: `args` counts its packs.
             keep_checkpoints: newest checkpoints kept on disk.
+            optim: what `args` was made from, of which Muon, LoRA+ and the length of a decay are read. None: defaults.
+            score: what is minimized. None: the negative log-likelihood.
         Raises:
             UserError: several GPUs are visible to one process.
         """
@@ -202,7 +200,9 @@ class SFTTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs; start one for each with `accelerate launch train.py ...`, or "
                 "show it one with CUDA_VISIBLE_DEVICES=0"
             )
+        self.optim = optim or OptimConfig()
         self.model_accepts_loss_kwargs = True  # Trainer's word for: the loss is not divided by accumulation again
+        self.score = score or SupervisedLoss()
         self.checkpoints = CheckpointWriter(Path(args.output_dir), keep=keep_checkpoints)
         self._split = StepSplit(
             rows=args.per_device_train_batch_size,
@@ -218,7 +218,7 @@ class SFTTrainer(Trainer):
         self._tokens_since = time.perf_counter()
         # Trainer adds up losses in float32, which is coarser than what is compared here.
         wide = torch.float32 if args.device.type == "mps" else torch.float64
-        self._loss = torch.zeros((), dtype=wide, device=args.device)
+        self._loss = torch.zeros(2, dtype=wide, device=args.device)  # negative log-likelihood, objective
         self._steps = 0  # optimizer steps that `_loss` holds
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
 
@@ -300,9 +300,10 @@ class SFTTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Summed loss over the global step's supervised tokens, times the processes, whose gradients are averaged."""
-        nll_T, _ = supervised_nll(model, inputs)
-        loss = nll_T.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
-        self._loss += loss.detach()
+        scored = self.score(model, inputs)
+        sums = torch.stack((scored.total, scored.nll.sum()))
+        loss, nll = sums * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        self._loss += torch.stack((nll, loss)).detach()
         self._finite &= torch.isfinite(loss.detach())
         if loss.device.type == "cpu":  # elsewhere the look would wait for the device, so it is taken when logging
             self.stop_unless_finite()
@@ -330,9 +331,8 @@ class SFTTrainer(Trainer):
         """Each row's summed loss and supervised tokens, both (B,), from which the exact mean is made at the end."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll_T, row_T = supervised_nll(model, inputs)
-        rows = len(inputs["input_ids"])
-        nll_B = torch.zeros(rows, dtype=nll_T.dtype, device=nll_T.device).index_add_(0, row_T, nll_T)
+            scored = self.score(model, inputs)
+        nll_B = scored.nll.new_zeros(len(inputs["input_ids"])).index_add_(0, scored.row, scored.nll)
         tokens_B = (next_token_targets(inputs["labels"]) != IGNORED).sum(dim=1)
         return None, nll_B, tokens_B
 
@@ -340,7 +340,10 @@ class SFTTrainer(Trainer):
         """As Trainer's, with the loss unrounded, and the speed since the last training line, over all processes."""
         if "loss" in logs:
             self.stop_unless_finite()
-            logs["loss"] = (self.accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)).item()
+            means = self.accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)
+            logs["loss"], objective = means.tolist()
+            if not self.score.objective.plain:
+                logs["objective"] = objective
             seconds = max(1e-9, time.perf_counter() - self._tokens_since)
             supervised, tokens = self._tokens.tolist()
             logs["tokens_per_second"] = tokens / seconds

@@ -247,8 +247,12 @@ def test_generation_marks_tell_the_spans_where_the_prompt_does_not():
     )
     outside = toy_tokenizer(marked.replace("MARK", "").replace("STOP", "<|im_end|>"))
     inside = toy_tokenizer(marked.replace("MARK", "<|im_end|>").replace("STOP", ""))
+    conversation = talk("a", "One.", "b", "the cat")
     for tokenizer in (outside, inside):
-        assert supervised(tokenizer, talk("a", "One.", "b", "the cat")) == ["One.<|im_end|>", "the cat<|im_end|>"]
+        assert supervised(tokenizer, conversation) == ["One.<|im_end|>", "the cat<|im_end|>"]
+        [chat] = supervised_spans(ChatTemplate.of(tokenizer), [conversation])
+        assert "its prompt for message 2 ends in" in chat.unlike_served
+        assert "<think>" in chat.unlike_served
 
 
 def test_a_template_without_a_stop_token_is_refused():

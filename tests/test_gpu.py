@@ -15,7 +15,7 @@ import torch
 from config.schema import AdapterConfig
 from src.adapters import add_adapter
 from src.attention_choice import check_documents_apart
-from src.loss import supervised_nll
+from src.loss import SupervisedLoss, supervised_nll
 from src.model import recompute_activations
 from src.packing import IGNORED, PackCollator, PackedRows
 from tests.gpu_runs import (
@@ -116,7 +116,9 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(tmp_path):
             recompute_activations(model)
         trainer = build(tmp_path, model, packing=False, optimizer="sgd", rate=0.1, steps=3, micro=4)
         # On entry: what is computed again ends with the last number that the backward pass needs, before the exit.
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda layer, _, calls=calls: calls.append(1) if layer.training else None  # not when the loss is proved
+        )
         trainer.train()
         found[checkpointing] = (len(calls), losses_of(trainer), weights_of(model))
     calls, losses, weights = found[False]
@@ -243,42 +245,34 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path)
     assert difference(weights_of(other.model), weights_of(whole.model)) > 1e-4
 
 
-@pytest.mark.parametrize("keep_by_mask", [True, False])
-def test_logits_are_computed_at_supervised_positions_alone(keep_by_mask):
-    from src.loss import _KEEPS_BY_MASK
-
-    if keep_by_mask and not _KEEPS_BY_MASK:
-        pytest.skip("this transformers takes no mask as logits_to_keep")
-    # All logits in float32: 2,048 x 32,000 x 4 bytes = 262 MB, several of which a backward holds.
-    length, vocabulary = 2048, 32000
+@pytest.mark.parametrize("supervised_share", [1.0, 0.05])
+def test_logits_are_never_stored_whole(supervised_share):
+    # All logits in float32: 4,096 x 64,000 x 4 bytes = 1,049 MB, several of which a plain backward holds.
+    length, vocabulary = 4096, 64000
     model = small_model(vocab_size=vocabulary, num_hidden_layers=1, max_position_embeddings=length).to(DEVICE)
-    rows = []
-    model.lm_head.register_forward_hook(lambda module, inputs, out: rows.append(out.numel() // out.shape[-1]))
     ids = torch.randint(3, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "position_ids": torch.arange(length)[None]}
+    labels = torch.where(
+        torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < supervised_share, ids, IGNORED
+    )
+    batch = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(length)[None]}
+    batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
     peaks = {}
-    for share in (1.0, 0.05):
-        supervised = int(share * (length - 1))
-        labels = torch.full_like(ids, IGNORED)
-        places = 1 + torch.randperm(length - 1, generator=torch.Generator().manual_seed(1))[:supervised]
-        labels[0, places] = ids[0, places]
-        on_device = {name: tensor.to(DEVICE) for name, tensor in (batch | {"labels": labels}).items()}
+    for elements in (0, 2**40):
+        score = SupervisedLoss(plain_elements=elements)
 
-        def work(inputs=on_device):
+        def work(score=score):
             with autocast("bf16"):
-                nll, _ = supervised_nll(model, inputs, keep_by_mask=keep_by_mask)
-            nll.sum().backward()
-            assert bool(torch.isfinite(nll).all())
+                scored = score(model, batch)
+            scored.total.backward()
+            assert bool(torch.isfinite(scored.nll).all())
 
         model.zero_grad(set_to_none=False)
         work()  # gradients exist, and kernels have their workspaces
-        rows.clear()
-        peaks[share] = peak_memory(work)
-        assert rows == [supervised]
-    if HAS_GPU:
+        peaks[elements] = peak_memory(work)
+    if HAS_GPU and supervised_share == 1.0:
         logits = 4 * length * vocabulary
-        assert peaks[1.0] > 1.5 * logits  # so that the comparison is about logits
-        assert peaks[0.05] < 0.25 * peaks[1.0]
+        assert peaks[2**40] > 1.5 * logits  # so that the comparison is about logits
+        assert peaks[0] < peaks[2**40] - logits
 
 
 def test_a_run_from_scratch_learns_under_bf16_autocast(tmp_path):

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from src.attention import DOCUMENTS, attend_documents, border_arguments
 from src.attention_choice import check_documents_apart, prove_attention, takes_borders, use_attention
 from src.kernels import VARLEN_OPTIONS, attend_fused, attend_varlen, varlen_serves
-from src.loss import supervised_nll
+from src.loss import SupervisedLoss
 from src.packing import PackCollator, PackedRows
 from tests.gpu_runs import (
     BOUNDS,
@@ -59,7 +59,7 @@ def loss_and_gradient(rows, *, precision, attention="sdpa", packing=True, flat=F
     """The same on the device, from batches of packs; with `apart` false, packed documents run into each other."""
     model = small_model(attention=attention).to(DEVICE)
     packs = PackedRows(rows, max_length=LENGTH, packing=packing)
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    total, tokens, score = torch.zeros((), dtype=torch.float64), 0, SupervisedLoss(plain_elements=0)
     collator = PackCollator(0, flat=flat, tells_longest=apart and takes_borders(model))
     for start in range(0, len(packs), at_once):
         items = [packs[index] for index in range(start, min(start + at_once, len(packs)))]
@@ -67,9 +67,9 @@ def loss_and_gradient(rows, *, precision, attention="sdpa", packing=True, flat=F
         if not apart:
             batch["position_ids"] = torch.arange(batch["input_ids"].shape[1], device=DEVICE).expand_as(batch["labels"])
         with autocast(precision):
-            nll, _ = supervised_nll(model, batch)
-        nll.sum().backward()
-        total, tokens = total + nll.detach().double().sum().cpu(), tokens + len(nll)
+            scored = score(model, batch)
+        scored.total.backward()
+        total, tokens = total + scored.nll.double().sum().cpu(), tokens + len(scored.nll)
     return (total / tokens).item(), gradient_of(model) / tokens
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from src.loss import supervised_places
 from src.packing import FILLER, IGNORED, PackCollator, PackedRows, best_fit_bins
 
 
@@ -76,7 +77,9 @@ def test_padding_opens_no_new_document_and_is_never_supervised():
         "labels": torch.int64,
         "position_ids": torch.int64,
         "document_borders": torch.int32,
+        "supervised_places": torch.int64,
     }
+    assert batch["supervised_places"].equal(supervised_places(batch["labels"]))
 
 
 def test_a_flat_batch_has_no_padding_and_all_borders():

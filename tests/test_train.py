@@ -148,9 +148,20 @@ def test_new_weights_depend_on_the_seed_alone(tmp_path):
 # --resume
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, kind):
-    recipe, run, whole = two_epochs(tmp_path, kind), tmp_path / "outputs" / "run", tmp_path / "whole"
+@pytest.mark.parametrize(
+    ("kind", "optim"),
+    [
+        ("full", {}),
+        ("lora", {}),
+        ("full", {"name": "muon", "weight_decay": 0.1, "schedule": "warmup_stable_decay", "decay_fraction": 0.5}),
+        ("lora", {"lora_plus_ratio": 16.0, "min_lr_fraction": 0.1}),
+        ("lora", {"name": "muon", "lora_plus_ratio": 4.0}),
+    ],
+    ids=["full", "lora", "muon", "lora_plus", "muon_lora_plus"],
+)
+def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, kind, optim):
+    optim = {"learning_rate": 3e-3, **optim}
+    recipe, run, whole = two_epochs(tmp_path, kind, optim=optim), tmp_path / "outputs" / "run", tmp_path / "whole"
     done = run_train("--config", recipe)
     assert done.code == 0, done.stderr
     assert [line["epoch"] for line in metrics_of(run) if "loss" in line][-1] == 2.0

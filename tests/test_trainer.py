@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
 from src.attention import DOCUMENTS, register_documents
-from src.loss import supervised_nll
+from src.loss import SupervisedLoss, supervised_nll
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.trainer import SFTTrainer, training_arguments
 from utils.errors import UserError
@@ -88,6 +88,7 @@ def train(
     steps=10,
     rate=0.1,
     eval_rows=None,
+    score=None,
 ):
     """Losses of each step, with the same global batches for the same product of `micro` and `accumulation`."""
     args = training_arguments(
@@ -111,6 +112,7 @@ def train(
         train_packs=PackedRows(rows, max_length=LENGTH, packing=packing),
         eval_packs=eval_rows and PackedRows(eval_rows, max_length=LENGTH, packing=packing),
         tokens_per_micro_batch=tokens,
+        score=score,
     )
     trainer.train()
     return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -126,19 +128,20 @@ def relative_change(model, reference):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("supervise_all", [True, False])
-@pytest.mark.parametrize("keep_by_mask", [True, False])
+@pytest.mark.parametrize("plain_elements", [0, 2**30])
 @pytest.mark.parametrize("attention", [DOCUMENTS, "sdpa"])
-def test_loss_of_packed_and_padded_rows_is_that_of_each_row_alone(packing, supervise_all, keep_by_mask, attention):
+def test_loss_of_packed_and_padded_rows_is_that_of_each_row_alone(packing, supervise_all, plain_elements, attention):
     model, rows = tiny_model(attention=attention), uneven_rows(supervise_all=supervise_all)
     packs = PackedRows(rows, max_length=LENGTH, packing=packing)
-    total, tokens = 0.0, 0
+    total, tokens, score = 0.0, 0, SupervisedLoss(plain_elements=plain_elements)
     for start in range(0, len(packs), 4):
         collator = PackCollator(0, tells_longest=attention == DOCUMENTS)
         batch = collator([packs[index] for index in range(start, min(start + 4, len(packs)))])
         with torch.no_grad():
-            nll, row = supervised_nll(model, batch, keep_by_mask=keep_by_mask)
-        assert int(row.max()) < len(batch["input_ids"])
-        total, tokens = total + nll.double().sum().item(), tokens + len(nll)
+            scored = score(model, batch)
+        assert int(scored.row.max()) < len(batch["input_ids"])
+        assert scored.nll.sum().item() == pytest.approx(scored.total.item(), rel=1e-6)
+        total, tokens = total + scored.nll.double().sum().item(), tokens + len(scored.nll)
     assert total / tokens == pytest.approx(reference_loss(model, rows), rel=1e-6)
 
 
@@ -177,19 +180,28 @@ def test_rows_by_accumulation_changes_neither_losses_nor_weights(tmp_path, optim
         assert relative_change(runs[0][0].model, tiny_model(dtype)) > 1e-4
 
 
-def test_a_step_is_that_of_plain_torch_on_the_same_rows(tmp_path):
+@pytest.mark.parametrize("plain_elements", [0, 2**30])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.01)])
+def test_a_step_is_that_of_plain_torch_on_the_same_rows(tmp_path, plain_elements, smoothing, z_loss):
     rows = uneven_rows(8)
-    trainer, _ = train(tmp_path, tiny_model(torch.float64), rows, micro=2, accumulation=4, steps=1)
+    score = SupervisedLoss(label_smoothing=smoothing, z_loss=z_loss, plain_elements=plain_elements)
+    trainer, losses = train(tmp_path, tiny_model(torch.float64), rows, micro=2, accumulation=4, steps=1, score=score)
     reference = tiny_model(torch.float64, attention="sdpa")  # eager attention has its softmax in float32
-    loss, tokens = 0.0, 0
+    nll, objective, tokens = 0.0, 0.0, 0
     for row in rows:
         logits = reference(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(row["labels"][1:])
-        loss = loss + functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        tokens += int((labels != IGNORED).sum())
-    (loss / tokens).backward()
+        logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
+        nll = nll + functional.cross_entropy(logits, labels, reduction="sum")
+        objective = objective + functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        objective = objective + z_loss * logits.logsumexp(dim=-1).square().sum()
+        tokens += len(labels)
+    (objective / tokens).backward()
     torch.optim.SGD(reference.parameters(), lr=0.1).step()
     assert relative_change(trainer.model, reference) <= 1e-12
+    assert losses == [pytest.approx(nll.item() / tokens, rel=1e-12)]
+    told = next(line for line in trainer.state.log_history if "loss" in line)
+    assert told.get("objective") == (pytest.approx(objective.item() / tokens, rel=1e-12) if smoothing else None)
 
 
 class MeanOfMeans(SFTTrainer):

@@ -9,6 +9,7 @@ import os
 
 import psutil
 import torch
+from accelerate.utils import str_to_bool
 
 from utils.errors import UserError
 from utils.launch import processes_started
@@ -32,6 +33,12 @@ def check_launch() -> None:
             f"{', '.join(missing)}; start them with `accelerate launch --config_file config/accelerate/ddp.yaml "
             "train.py ...`, or unset WORLD_SIZE to train with this process alone"
         )
+
+
+def shards_weights() -> bool:
+    """Whether `accelerate launch` asks for FSDP or DeepSpeed, which give each process a part of every matrix."""
+    flags = (os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+    return any(str_to_bool(flag) for flag in flags)
 
 
 def use_cores(threads: int | None) -> int:

@@ -23,6 +23,9 @@ from src.trainer import training_arguments, uses_autocast
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 
+OPTIM = OptimConfig(name="adamw_torch_fused", learning_rate=1e-4, schedule="constant")
+"""How every contender steps its weights."""
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of special tokens alone: rows are ids from the start."""
@@ -42,7 +45,7 @@ def arguments(case: Case, folder: Path) -> TrainingArguments:
     """What the project's own trainer is told; the other trainers are told the same."""
     return training_arguments(
         folder,
-        OptimConfig(name="adamw_torch_fused", learning_rate=1e-4, schedule="constant"),
+        OPTIM,
         TrainingConfig(
             max_steps=case.all_steps,
             micro_batch_rows=case.micro_batch_rows,
