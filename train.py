@@ -103,6 +103,7 @@ def train(command: CommandLine) -> None:
         keep_checkpoints=config.training.keep_checkpoints,
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
         optim=config.optim,
+        neftune_alpha=config.training.neftune_alpha,
         score=SupervisedLoss(label_smoothing=config.training.label_smoothing, z_loss=config.training.z_loss),
         callbacks=[Progress(), metrics, answers],
     )

@@ -342,6 +342,10 @@ class TrainingConfig:
     """Weight of the squared log of the softmax's denominator, which keeps logits small (arXiv:2204.02311); 1e-4 is
     usual. 0 or above; the reported loss is without it."""
 
+    neftune_alpha: float | None = _limited(None, gt=0)
+    """Size of the noise on the embeddings of training rows (NEFTune, arXiv:2310.05914), above 0; 5 is usual. None: no
+    noise."""
+
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Number format of the matrix products while float32 weights train (autocast). `auto`: bf16 on a GPU that has it,
     float32 elsewhere."""

@@ -27,6 +27,7 @@ from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, Trainin
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
 from src.loss import SupervisedLoss, next_token_targets
+from src.noise import noisy_embeddings
 from src.optim import OptimizerHooks, check_installed, optimizer_arguments
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.streaming import RowStream, StreamFeed
@@ -169,6 +170,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         tokens_per_micro_batch: int | None = None,
         optim: OptimConfig | None = None,
         score: SupervisedLoss | None = None,
+        neftune_alpha: float | None = None,
     ) -> None:
         """
         Args:
@@ -177,6 +179,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             keep_checkpoints: newest checkpoints kept on disk.
             optim: what `args` was made from, of which Muon, LoRA+ and the length of a decay are read. None: defaults.
             score: what is minimized. None: the negative log-likelihood.
+            neftune_alpha: size of the noise on embeddings; see `src.noise`.
         Raises:
             UserError: several GPUs are visible to one process.
         """
@@ -203,6 +206,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self.optim = optim or OptimConfig()
         self.model_accepts_loss_kwargs = True  # Trainer's word for: the loss is not divided by accumulation again
         self.score = score or SupervisedLoss()
+        self.neftune_alpha = neftune_alpha
         self.checkpoints = CheckpointWriter(Path(args.output_dir), keep=keep_checkpoints)
         self._split = StepSplit(
             rows=args.per_device_train_batch_size,
@@ -300,7 +304,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Summed loss over the global step's supervised tokens, times the processes, whose gradients are averaged."""
-        scored = self.score(model, inputs)
+        with noisy_embeddings(self.accelerator.unwrap_model(model), inputs, self.neftune_alpha):
+            scored = self.score(model, inputs)
         sums = torch.stack((scored.total, scored.nll.sum()))
         loss, nll = sums * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         self._loss += torch.stack((nll, loss)).detach()
