@@ -41,7 +41,8 @@ def train(command: CommandLine) -> None:
     from src.packing import PackedRows
     from src.run import open_run, publish
     from src.streaming import stream_datasets
-    from src.trainer import SFTTrainer, training_arguments
+    from src.trainer import SFTTrainer
+    from src.training_arguments import training_arguments
     from utils.distributed import check_launch, check_world, use_cores
     from utils.hub import check_access
     from utils.reproducibility import environment
@@ -123,6 +124,7 @@ def train(command: CommandLine) -> None:
     run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters)
     if config.hub.repo_id and is_main_process():
         publish(run, config.hub)
+    trainer.accelerator.end_training()  # else a process may abort as it exits, among threads of the process group
 
 
 def main() -> int:

@@ -68,7 +68,7 @@ class Progress(TrainerCallback):
         done = state.global_step - self._first_step
         left = (time.perf_counter() - self._start) / max(1, done) * (state.max_steps - state.global_step)
         log.info(
-            "step %d/%d  loss %.4f  lr %.2e  grad norm %.3f  %s tokens/s (%s supervised)  %s left",
+            "step %d/%d  loss %.4f  lr %.2e  grad norm %.3f  %s tokens/s (%s supervised%s)  %s left",
             state.global_step,
             state.max_steps,
             logs["loss"],
@@ -76,6 +76,7 @@ class Progress(TrainerCallback):
             logs.get("grad_norm", float("nan")),
             f"{logs['tokens_per_second']:,.0f}",
             f"{logs['supervised_tokens_per_second']:,.0f}",
+            f"; mfu {logs['mfu']:.0%}" if "mfu" in logs else "",
             clock(left),
         )
 

@@ -8,13 +8,11 @@ run.export(trainer)
 
 import json
 import os
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 
@@ -27,6 +25,7 @@ from utils.files import is_write_failure, whole_folder, write_json, write_text
 from utils.hub import push_folder
 from utils.launch import is_main_process
 from utils.logging import get_logger
+from utils.metrics import peak_memory
 
 log = get_logger(__name__)
 
@@ -108,9 +107,6 @@ class Run:
         metrics = [json.loads(line) for line in lines]
         steps = trainer.state.global_step
         losses = [line["loss"] for line in metrics if "loss" in line]
-        peak = {"resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
-        if torch.cuda.is_available():
-            peak["cuda_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         return {
             "steps": steps,
             "tokens": trainer.state.num_input_tokens_seen,
@@ -122,7 +118,7 @@ class Run:
             "last_loss": losses[-1],
             "before": _evaluations(metrics, 0),
             "after": _evaluations(metrics, steps),
-            "peak_memory": peak,
+            "peak_memory": peak_memory(),
         }
 
 

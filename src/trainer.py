@@ -8,7 +8,6 @@ accumulation step. Packs come in an order that depends on the seed alone.
     trainer.train()
 """
 
-import importlib.util
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -23,105 +22,24 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
+from config.schema import OptimConfig
+from src.adapters import count_parameters
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
 from src.loss import SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
-from src.optim import OptimizerHooks, check_installed, optimizer_arguments
+from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter
-from utils.distributed import accelerator_name
 from utils.errors import UserError
 from utils.logging import get_logger
+from utils.metrics import Meter, matrix_rate, work_of
 
 log = get_logger(__name__)
 
 STREAM = "stream.json"
 """A checkpoint's file that says where the stream of rows stands."""
-
-
-def uses_autocast(precision: str) -> tuple[bool, bool]:
-    """Whether `training.precision` means bf16 autocast, and whether fp16, on this machine.
-
-    Raises:
-        UserError: the machine has no such arithmetic.
-    """
-    on_gpu = accelerator_name() == "cuda"
-    if precision == "fp16" and not on_gpu:
-        raise UserError("training.precision=fp16 needs a CUDA GPU; use float32 or bf16")
-    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        raise UserError("training.precision=bf16 is not supported by this GPU; use fp16 or float32")
-    bf16 = precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
-    return bf16, precision == "fp16"
-
-
-def training_arguments(
-    folder: Path,
-    optim: OptimConfig,
-    training: TrainingConfig,
-    evaluation: EvaluationConfig,
-    tracking: TrackingConfig,
-    *,
-    run_name: str = "run",
-    evaluates: bool = False,
-    autocasts: bool = True,
-    resumes: bool = False,
-) -> TrainingArguments:
-    """Trainer's arguments for a run; making them joins the process group of a distributed launch.
-
-    Args:
-        folder: run directory; checkpoints are written below it.
-        run_name: what trackers call the run.
-        evaluates: whether there are evaluation rows.
-        autocasts: whether `training.precision` applies; false for weights that are held in float64 or float16.
-        resumes: whether the run goes on from a checkpoint, and so is not evaluated before its first step.
-    Raises:
-        UserError: the precision or the optimizer is not to be had on this machine, or a tracker is not installed.
-    """
-    for tracker in tracking.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(
-                f"tracking.report_to names {tracker}, which is not installed; run `pip install {tracker}` (see "
-                "requirements/tracking.txt), or leave it out"
-            )
-    bf16, fp16 = uses_autocast(training.precision) if autocasts else (False, False)
-    args = TrainingArguments(
-        output_dir=str(folder),
-        run_name=run_name,
-        project=tracking.project,
-        report_to=list(tracking.report_to) or "none",
-        use_cpu=accelerator_name() == "cpu",
-        **optimizer_arguments(optim),
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.micro_batch_rows,
-        gradient_accumulation_steps=training.accumulation_steps,
-        bf16=bf16,
-        fp16=fp16,
-        seed=training.seed,
-        data_seed=training.seed,
-        logging_strategy="steps",
-        logging_steps=training.log_every_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if training.save_every_steps else "no",
-        save_steps=training.save_every_steps or 500,
-        eval_strategy="steps" if evaluates and evaluation.every_steps else "no",
-        eval_steps=evaluation.every_steps,
-        eval_on_start=evaluates and not resumes,
-        per_device_eval_batch_size=evaluation.micro_batch_rows,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        ignore_data_skip=True,  # the feed itself goes to the step that a resumed run is at
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=accelerator_name() == "cuda",
-        average_tokens_across_devices=False,  # the global step's tokens are counted here, not by Trainer
-    )
-    check_installed(args)
-    return args
 
 
 class _FeedPlace(TrainerCallback):
@@ -225,6 +143,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._loss = torch.zeros(2, dtype=wide, device=args.device)  # negative log-likelihood, objective
         self._steps = 0  # optimizer steps that `_loss` holds
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
+        self.meter = self._new_meter()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer's, after a check that the model keeps the documents of a pack apart.
@@ -242,6 +161,14 @@ class SFTTrainer(OptimizerHooks, Trainer):
         if isinstance(self.feed, StreamFeed) and resume_from_checkpoint:
             self.feed.load_state(json.loads((Path(resume_from_checkpoint) / STREAM).read_text(encoding="utf-8")))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _new_meter(self) -> Meter:
+        """What tells the share of the device's matrix rate, where nothing parts the weights over processes."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return Meter(None, None)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        work = work_of(self.model, count_parameters(self.model))
+        return Meter(work, matrix_rate(self.args.device.type, dtype))
 
     def _new_feed(self) -> PackFeed | StreamFeed:
         """The micro-batches of the whole run."""
@@ -285,12 +212,9 @@ class SFTTrainer(OptimizerHooks, Trainer):
         if self._steps == 0:
             self._tokens_since = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counted = [self.meter.add(batch, self.data_collator.pad_token_id) for batch in batches]
         batches = [send_to_device(batch, device, non_blocking=True) for batch in batches]
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        for batch in batches:
-            counts[0] += (next_token_targets(batch["labels"]) != IGNORED).sum()
-            counts[1] += (batch["input_ids"] != self.data_collator.pad_token_id).sum()
-        counts = self.accelerator.reduce(counts, reduction="sum")
+        counts = self.accelerator.reduce(torch.tensor(counted, device=device).sum(dim=0), reduction="sum")
         self._tokens += counts
         self._steps += 1
         self.state.num_input_tokens_seen += int(counts[1])
@@ -354,6 +278,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             logs["tokens_per_second"] = tokens / seconds
             logs["supervised_tokens_per_second"] = supervised / seconds
             logs["tokens"] = self.state.num_input_tokens_seen
+            logs |= self.meter.figures(seconds)
             self.restart_clock()
         super().log(logs, start_time)
 
@@ -362,6 +287,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._loss.zero_()
         self._steps = 0
         self._tokens.zero_()
+        self.meter.clear()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; the time is not counted against training speed.

@@ -21,7 +21,8 @@ from config.schema import EvaluationConfig, ModelConfig, OptimConfig, TrackingCo
 from src.attention import register_documents
 from src.model import load_model, load_settings
 from src.packing import IGNORED, PackedRows
-from src.trainer import SFTTrainer, training_arguments
+from src.trainer import SFTTrainer
+from src.training_arguments import training_arguments
 from utils.distributed import accelerator_name
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,8 @@ from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, Trainin
 from src.attention import DOCUMENTS, register_documents
 from src.loss import SupervisedLoss, supervised_nll
 from src.packing import IGNORED, PackCollator, PackedRows
-from src.trainer import SFTTrainer, training_arguments
+from src.trainer import SFTTrainer
+from src.training_arguments import training_arguments
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -314,6 +315,7 @@ trainer, losses = train(folder, tiny_model(), uneven_rows(45), micro=2, accumula
 results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
 if trainer.args.process_index == 0:
     torch.save(results, f"{{folder}}/{{world}}.pt")
+trainer.accelerator.end_training()
 """
 
 

@@ -158,7 +158,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics that two equal runs share: all but those that depend on the clock."""
-    timed = ("per_second", "runtime")
+    timed = ("per_second", "runtime", "mfu")
     return [{key: value for key, value in line.items() if not key.endswith(timed)} for line in lines]
 
 

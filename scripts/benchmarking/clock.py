@@ -8,8 +8,6 @@ for batch in batches:
 clock.seconds()  # between the ends of steps
 """
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from transformers.training_args import TrainingArguments
 
 from src.loss import next_token_targets
 from src.packing import IGNORED
+from utils.metrics import peak_memory
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,5 @@ class StepMarks(TrainerCallback):
 
 def peak_memory_mib() -> int:
     """Most memory in use while training: what torch held on the GPU, or the resident size of this process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    found = peak_memory()
+    return found.get("cuda_mib", found["resident_mib"])

@@ -18,12 +18,13 @@ from scripts.benchmarking.case import Case
 from scripts.benchmarking.clock import BatchCounts, Clock, CountingCollator, StepMarks, peak_memory_mib
 from scripts.benchmarking.contenders import build_trainer, takes_packs
 from scripts.benchmarking.floor import register_floor, train_floor
-from scripts.benchmarking.flops import Work
 from scripts.benchmarking.layout import Layout
 from scripts.benchmarking.models import arguments, autocast_dtype, build_model, tokenizer, weights_dtype
 from src.adapters import count_parameters
 from src.packing import IGNORED
+from utils import metrics
 from utils.distributed import accelerator_name
+from utils.metrics import Work
 
 COMPARED_STEPS = 3
 """First steps whose loss and gradient norm are kept for the comparison with other contenders."""
@@ -46,14 +47,16 @@ def measure(
     if name == "floor":
         register_floor()
         args, model = arguments(case, folder), build_model(case, weights, attention="sdpa")
-        parameters, work = count_parameters(model), Work.of(model)
+        parameters = count_parameters(model)
+        work = Work.of(model, parameters)
         run = train_floor(model, layout, args, clock)
         losses, norms = ([value.item() for value in values] for values in (run.losses, run.grad_norms))
         counts, batches_per_step, extra = run.counts, case.accumulation_steps, {}
     else:
         trainer = build_trainer(name, layout, folder, weights=weights, attention=attention)
         model = trainer.model
-        parameters, work = count_parameters(model), Work.of(model)
+        parameters = count_parameters(model)
+        work = Work.of(model, parameters)
         extra = {} if takes_packs(name) else {"loss_of_first_rows": _loss_of_first_rows(trainer, layout, clock)}
         counts = _train(trainer, clock)
         lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -129,15 +132,9 @@ def _speed(case: Case, clock: Clock, measured: Sequence[BatchCounts], work: Work
 def matrix_rate(case: Case) -> dict[str, Any]:
     """TFLOP/s of a large matrix product in the number format that a case computes with, and what its maker states."""
     device, dtype = accelerator_name(), autocast_dtype(case) or getattr(torch, weights_dtype(case))
-    size, times = (8192, 20) if device == "cuda" else (1536, 7)
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    clock = Clock(started=time.time())
-    for _ in range(times + 3):  # the first are slower
-        left @ right
-        clock.mark()
     stated = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" and dtype == torch.bfloat16 else None
     return {
-        "matrix_tflops": 2 * size**3 / median(clock.seconds()[2:]) / 1e12,
+        "matrix_tflops": metrics.matrix_rate(device, dtype) / 1e12,
         "matrix_dtype": str(dtype).removeprefix("torch."),
         "stated_tflops": stated,
         "threads": torch.get_num_threads() if device == "cpu" else None,

@@ -19,7 +19,7 @@ from scripts.benchmarking.rows import FIRST_ID
 from src.adapters import add_adapter
 from src.attention_choice import prove_attention
 from src.model import load_model, load_settings, recompute_activations
-from src.trainer import training_arguments, uses_autocast
+from src.training_arguments import training_arguments, uses_autocast
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 
