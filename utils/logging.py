@@ -9,6 +9,9 @@ import warnings
 
 from utils.launch import is_main_process
 
+# bitsandbytes offers a faster CPU kernel, from a package that this project does without, as soon as it is imported.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module, below the project's own root `smolfactory`."""
@@ -24,8 +27,6 @@ def set_up_logging() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(_Plain())
         root.addHandler(handler)
-    # bitsandbytes offers a faster CPU kernel, from a package that this project does without, at every import.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks transformers by a name that it has given up.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
 
