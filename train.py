@@ -124,7 +124,6 @@ def train(command: CommandLine) -> None:
     run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters)
     if config.hub.repo_id and is_main_process():
         publish(run, config.hub)
-    trainer.accelerator.end_training()  # else a process may abort as it exits, among threads of the process group
 
 
 def main() -> int:
@@ -136,6 +135,9 @@ def main() -> int:
             print(format_config(command))
         else:
             train(command)
+            from utils.distributed import leave_group  # loaded by now
+
+            leave_group()
     except (ConfigError, UserError) as error:
         if not is_main_process():
             time.sleep(OTHERS_WAIT_S)

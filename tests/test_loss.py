@@ -17,6 +17,7 @@ from src.chunked_loss import LogitTransform
 from src.loss import SupervisedLoss, next_token_targets, supervised_nll
 from src.packing import IGNORED
 from tests.written_out_loss import FLOAT32, error, written_out
+from utils.distributed import leave_group
 
 VOCABULARY = 301
 
@@ -228,9 +229,14 @@ def sharded_cases():
         yield kind, name, get_peft_model(tiny("llama"), lora).eval() if name == "lora" else tiny(name)
 
 
-def score_in_one_of_two(rank, address):
+def process_of_two(rank, address):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    score_in_one_of_two(rank)
+    leave_group()
+
+
+def score_in_one_of_two(rank):
     mesh = init_device_mesh("cpu", (2,))
     rows = [batch_of(rows=1), batch_of(rows=1, seed=1, supervised=0.0)]
     for kind, name, model in sharded_cases():
@@ -249,8 +255,7 @@ def score_in_one_of_two(rank, address):
             assert_equal_gradients(found, expected, 2e-5)
         except AssertionError as error:
             raise AssertionError(f"{kind}, {name}") from error
-    torch.distributed.destroy_process_group()
 
 
 def test_wrapped_and_sharded_models_get_the_gradients_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(score_in_one_of_two, (f"file://{tmp_path}/meeting",), nprocs=2)
+    torch.multiprocessing.spawn(process_of_two, (f"file://{tmp_path}/meeting",), nprocs=2)

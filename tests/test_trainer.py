@@ -297,25 +297,30 @@ LAUNCHED = """
 import os, sys, torch
 sys.path[:0] = [{root!r}]
 from tests.test_trainer import CASES, TOKEN_CASES, ForgetsProcesses, train, tiny_model, uneven_rows, weights_of
-world, folder = int(os.environ["WORLD_SIZE"]), {folder!r}
-results = []
-for dtype, optimizer, rate, packing in CASES:
-    trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), micro=2,
-                            accumulation=4 // world, packing=packing, optimizer=optimizer, rate=rate,
-                            eval_rows=uneven_rows(13, seed=5))
-    assert trainer.args.world_size == world
-    weights = weights_of(trainer.accelerator.unwrap_model(trainer.model))
-    results.append((losses, weights, trainer.evaluate()["eval_loss"]))
-for dtype, optimizer, rate, packing in TOKEN_CASES:
-    trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), tokens=48,
-                            accumulation=4 // world, packing=packing, optimizer=optimizer, rate=rate)
+from utils.distributed import leave_group
+
+def main():
+    world, folder = int(os.environ["WORLD_SIZE"]), {folder!r}
+    results = []
+    for dtype, optimizer, rate, packing in CASES:
+        trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), micro=2,
+                                accumulation=4 // world, packing=packing, optimizer=optimizer, rate=rate,
+                                eval_rows=uneven_rows(13, seed=5))
+        assert trainer.args.world_size == world
+        weights = weights_of(trainer.accelerator.unwrap_model(trainer.model))
+        results.append((losses, weights, trainer.evaluate()["eval_loss"]))
+    for dtype, optimizer, rate, packing in TOKEN_CASES:
+        trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), tokens=48,
+                                accumulation=4 // world, packing=packing, optimizer=optimizer, rate=rate)
+        results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
+    train.__globals__["SFTTrainer"] = ForgetsProcesses
+    trainer, losses = train(folder, tiny_model(), uneven_rows(45), micro=2, accumulation=4 // world)
     results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
-train.__globals__["SFTTrainer"] = ForgetsProcesses
-trainer, losses = train(folder, tiny_model(), uneven_rows(45), micro=2, accumulation=4 // world)
-results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
-if trainer.args.process_index == 0:
-    torch.save(results, f"{{folder}}/{{world}}.pt")
-trainer.accelerator.end_training()
+    if trainer.args.process_index == 0:
+        torch.save(results, f"{{folder}}/{{world}}.pt")
+
+main()
+leave_group()
 """
 
 

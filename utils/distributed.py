@@ -5,6 +5,7 @@ args = TrainingArguments(...)  # joins the group of processes
 check_world(processes=args.world_size)
 """
 
+import gc
 import os
 
 import psutil
@@ -39,6 +40,17 @@ def shards_weights() -> bool:
     """Whether `accelerate launch` asks for FSDP or DeepSpeed, which give each process a part of every matrix."""
     flags = (os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
     return any(str_to_bool(flag) for flag in flags)
+
+
+def leave_group() -> None:
+    """Leave the group of processes and end its threads; to be called when nothing that used it is needed any more.
+
+    A thread that still held a tensor while the interpreter ends would abort the process (pytorch/pytorch#179291). The
+    threads end with the last reference to their group, which may stand in a cycle.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def use_cores(threads: int | None) -> int:
