@@ -7,6 +7,7 @@ check_world(processes=args.world_size)
 
 import gc
 import os
+import time
 
 import psutil
 import torch
@@ -14,6 +15,10 @@ from accelerate.utils import str_to_bool
 
 from utils.errors import UserError
 from utils.launch import processes_started
+
+
+LEAVE_S = 0.2
+"""Seconds that the threads of a process group have to give up what they hold."""
 
 
 def accelerator_name() -> str:
@@ -43,14 +48,15 @@ def shards_weights() -> bool:
 
 
 def leave_group() -> None:
-    """Leave the group of processes and end its threads; to be called when nothing that used it is needed any more.
+    """Leave the group of processes; to be called when nothing that used it is needed any more.
 
-    A thread that still held a tensor while the interpreter ends would abort the process (pytorch/pytorch#179291). The
-    threads end with the last reference to their group, which may stand in a cycle.
+    A thread of the group that still has to give up a tensor while the interpreter ends aborts the process
+    (pytorch/pytorch#179291). It needs the interpreter's lock for that, which it gets during the pause.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         gc.collect()
+        time.sleep(LEAVE_S)
 
 
 def use_cores(threads: int | None) -> int:
