@@ -16,7 +16,6 @@ from accelerate.utils import str_to_bool
 from utils.errors import UserError
 from utils.launch import processes_started
 
-
 LEAVE_S = 0.2
 """Seconds that the threads of a process group have to give up what they hold."""
 
