@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from datasets import Dataset
@@ -27,6 +28,14 @@ from utils.distributed import accelerator_name
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not HAS_GPU and "GPU_TESTS_ON_CPU" not in os.environ,
+        reason="needs a CUDA device; with GPU_TESTS_ON_CPU=1 the same checks run on the CPU",
+    ),
+]
+"""Marks of tests that are for a GPU."""
 DEVICE = torch.device(accelerator_name())
 VOCABULARY, LENGTH = 256, 192
 

@@ -6,7 +6,6 @@ GPU_TESTS_ON_CPU=1 pytest -m gpu tests/test_gpu.py    the same checks on a CPU, 
 
 import itertools
 import json
-import os
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from tests.gpu_runs import (
     DEVICE,
     HAS_GPU,
     LENGTH,
+    ON_GPU,
     Steps,
     autocast,
     build,
@@ -37,13 +37,7 @@ from tests.gpu_runs import (
     weights_of,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not HAS_GPU and "GPU_TESTS_ON_CPU" not in os.environ,
-        reason="needs a CUDA device; with GPU_TESTS_ON_CPU=1 the same checks run on the CPU",
-    ),
-]
+pytestmark = ON_GPU
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ GPU_TESTS_ON_CPU=1 pytest -m gpu tests/test_gpu_attention.py    on a CPU, but fo
 """
 
 import copy
-import os
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from tests.gpu_runs import (
     DEVICE,
     HAS_GPU,
     LENGTH,
+    ON_GPU,
     autocast,
     difference,
     gradient_of,
@@ -33,13 +33,7 @@ from tests.gpu_runs import (
 from tests.test_attention import HEADS, LENGTHS, VOCABULARY, alone, documents_of, every_architecture, packed
 from utils.errors import UserError
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not HAS_GPU and "GPU_TESTS_ON_CPU" not in os.environ,
-        reason="needs a CUDA device; with GPU_TESTS_ON_CPU=1 the same checks run on the CPU",
-    ),
-]
+pytestmark = ON_GPU
 needs_varlen = pytest.mark.skipif(
     not HAS_GPU or not VARLEN_OPTIONS or torch.cuda.get_device_capability() < (8, 0),
     reason="torch's variable-length kernel needs a GPU of compute capability 8.0",
