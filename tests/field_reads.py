@@ -38,8 +38,8 @@ def fields_read(files: Iterable[Path]) -> set[Field]:
     """The fields that the files read; classes and functions of one file are known in the others."""
     trees = [ast.parse(path.read_text("utf-8")) for path in files]
     program = _Program()
-    program.learn(ast.parse(Path(schema.__file__).read_text("utf-8")))
-    program.learn(ast.parse((Path(schema.__file__).parent / "loader.py").read_text("utf-8")))
+    for name in ("model_schema.py", "data_schema.py", "schema.py", "loader.py"):
+        program.learn(ast.parse((Path(schema.__file__).parent / name).read_text("utf-8")))
     for tree in trees:
         program.learn(tree)
     for _ in range(3):  # what `self.x = ...` holds is known only after a pass, and may rest on another class's

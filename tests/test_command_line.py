@@ -237,7 +237,8 @@ def test_help_tells_every_field_with_type_default_and_meaning_at_once():
         if name.startswith("data.eval.N"):
             continue  # the help says that its fields are those of data.train.N
         assert f"--{name} " in text
-    schema = (ROOT / "config/schema.py").read_text()
+    parts = ("model_schema.py", "data_schema.py", "schema.py")
+    schema = "".join((ROOT / "config" / name).read_text() for name in parts)
     meanings = re.findall(r'^    \w+: [^\n]*(?:\n        [^\n]*)*(?:\n    \))?\n    """(.*?)"""$', schema, re.M | re.S)
     assert len(meanings) >= len(all_fields()) - len(dataclasses.fields(RunConfig))
     sections = {

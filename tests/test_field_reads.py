@@ -87,4 +87,4 @@ def program_files():
 
 def test_the_program_reads_every_field():
     unread = sorted(set(all_fields()) - fields_read(program_files()))
-    assert unread == [], "fields of config/schema.py that train.py, src, utils and scripts never read"
+    assert unread == [], "fields of the schema that train.py, src, utils and scripts never read"

@@ -1,0 +1,85 @@
+"""What a run trains: the model, its tokenizer, and what of it learns.
+
+    model = ModelConfig(path="meta-llama/Llama-3.2-1B")
+    adapter = AdapterConfig(kind="lora", rank=8)
+
+Part of the tree in `config.schema`, which says how fields are written, and from which all is imported.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from config.fields import limited
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained, and its tokenizer."""
+
+    path: str | None = None
+    """Checkpoint to start from: a local folder or a Hub id. None: start from random weights, as `architecture` says."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub checkpoint. None: its default branch."""
+
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Settings of a transformers config to build from random weights, with its `model_type`; `vocab_size` left out
+    means the tokenizer's size. Empty: the checkpoint at `path` decides."""
+
+    tokenizer: str | None = None
+    """Tokenizer: a folder, a Hub id, or a `tokenizer.json` file. None: the one beside the checkpoint."""
+
+    chat_template: str | None = None
+    """File with a Jinja chat template to use instead of the tokenizer's. None: the tokenizer's own."""
+
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    """Names of special tokens to set on the tokenizer, such as `eos_token: <|im_end|>`. Empty: those it comes with."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Number format the weights are held in. `auto`: float32 where all weights train, else the checkpoint's own."""
+
+    attention: Literal[
+        "auto",
+        "documents",
+        "sdpa",
+        "eager",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flex_attention",
+    ] = "auto"
+    """Attention implementation: `documents`, which attends in each row of a pack alone and needs no extra package, or a
+    transformers name. `auto`: `documents` where it serves the model and the device, else the fastest that does."""
+
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """bitsandbytes format of the frozen weights: 4-bit (`nf4`, `fp4`) or 8-bit (`int8`). Needs an adapter."""
+
+    trust_remote_code: bool = False
+    """Whether code that ships with a Hub checkpoint may run on this machine."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What trains: every weight, or a low-rank adapter beside frozen weights."""
+
+    kind: Literal["none", "lora"] = "none"
+    """`none` trains every weight; `lora` trains low-rank matrices beside the frozen ones (arXiv:2106.09685)."""
+
+    rank: int = limited(16, ge=1)
+    """Rank of the LoRA matrices, at least 1."""
+
+    alpha: float = limited(32.0, gt=0)
+    """LoRA scale: the update is multiplied by alpha / rank. Above 0."""
+
+    dropout: float = limited(0.0, ge=0, lt=1)
+    """Share of a LoRA matrix's inputs that is dropped while training, from 0 to below 1."""
+
+    target_modules: tuple[str, ...] = limited(("all-linear",), min_length=1)
+    """Modules that get LoRA matrices: name endings such as `q_proj`, or `all-linear` for every linear layer but the
+    head. Each one must match at least one module."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full beside the adapter and saved with it, such as `embed_tokens`. Empty: none."""
+
+    rslora: bool = False
+    """Whether the scale is alpha / sqrt(rank), which keeps large ranks stable (arXiv:2312.03732)."""
