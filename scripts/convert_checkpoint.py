@@ -8,14 +8,17 @@ files that cannot be read or written. After 1 and 2 no folder was written.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.checkpoints.certificate import CertificateError
-from src.checkpoints.convert import SOURCES, TARGETS, convert
+from src.checkpoints.certificate import CertificateError, Kind
+from src.checkpoints.checkpoint import ReadOptions, WriteOptions
+from src.checkpoints.convert import DTYPES, SOURCES, TARGETS, convert
 from utils.errors import UserError
 from utils.logging import set_up_logging
 
@@ -27,7 +30,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--from", dest="source", choices=SOURCES, help="format of PATH; left out: told from the files")
     parser.add_argument("--to", dest="target", choices=TARGETS, required=True, help="format to write")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file or folder, where PATH does not hold it")
-    parser.add_argument("--no-check", action="store_true", help="skip reading back and comparing with the source")
+    parser.add_argument(
+        "--certificate",
+        choices=get_args(Kind),
+        default="logits",
+        help="how the result is compared with the source: every tensor, token ids and logits; or without logits",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights written; left out: the source's")
+    parser.add_argument("--shard-gib", type=float, default=1.0, help="most GiB of a weight file")
     return parser.parse_args()
 
 
@@ -42,8 +52,9 @@ def main() -> int:
             arguments.output,
             arguments.target,
             source=arguments.source,
-            tokenizer=arguments.tokenizer,
-            check=not arguments.no_check,
+            reading=ReadOptions(tokenizer=arguments.tokenizer),
+            writing=WriteOptions(dtype=arguments.dtype, shard_bytes=int(arguments.shard_gib * 2**30)),
+            check=arguments.certificate,
         )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,15 +62,28 @@ def main() -> int:
     except CertificateError as error:
         print(f"error: {arguments.output} was not written: {error}", file=sys.stderr)
         return 1
-    check = record["check"]
     print(f"{arguments.output}: {record['from']} -> {record['to']}, {len(record['outputs_sha256'])} files")
-    if check is None:
-        print("not compared with the source")
-    else:
-        print(f"token ids equal on {check['token_ids_equal_on_texts']} texts")
-        print(f"greedy tokens equal: {check['greedy_tokens_equal']}")
-        print(f"largest logit {check['largest_logit']:.2f}, largest difference {check['max_logit_difference']:.1e}")
+    print("\n".join(_told(record["check"])))
     return 0
+
+
+def _told(check: dict[str, Any] | None) -> Iterator[str]:
+    """What was compared, a line each."""
+    if check is None:
+        yield "not compared with the source"
+        return
+    moved = check["largest_relative_rounding_of_a_tensor"]
+    yield f"tensors equal: {check['tensors_equal']}" + (f", once rounded by up to {moved:.1e} each" if moved else "")
+    yield f"token ids equal on {check['token_ids_equal_on_texts']} texts"
+    if check["kind"] == "tensors":
+        return
+    yield f"greedy tokens equal: {check['greedy_tokens_equal']}"
+    yield f"largest logit {check['largest_logit']:.2f}, largest difference {check['max_logit_difference']:.1e}"
+    if moved:
+        yield (
+            f"rounding moved logits by up to {check['max_logit_difference_by_rounding_weights']:.1e} and kept "
+            f"{check['most_likely_tokens_kept_by_rounding_weights']:.1%} of the most likely tokens"
+        )
 
 
 if __name__ == "__main__":

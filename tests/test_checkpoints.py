@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from src.checkpoints import convert as conversion
 from src.checkpoints import hf, llama2c
 from src.checkpoints.certificate import CertificateError, compare
+from src.checkpoints.checkpoint import ReadOptions, WriteOptions
 from src.checkpoints.convert import convert
 from src.checkpoints.llama2c_tokenizer import read_pieces
 from src.checkpoints.pieces import pieces_of_tokenizer
@@ -46,6 +47,10 @@ BATTERY = (
     "aaaaaaaaaaaaaaa ababababab banananana",
     "<0x0A> <unk",
 )
+
+
+def read_small(small):
+    return llama2c.read(small[0], ReadOptions(small[1]))
 
 
 def made_up(folder, tied):
@@ -85,7 +90,7 @@ def stories(tmp_path_factory):
     """The three versions of stories260K as Hugging Face folders."""
     folder = tmp_path_factory.mktemp("stories")
     for name in ("stories260K", "stories260K_v1", "stories260K-q8"):
-        convert(STORIES / f"{name}.bin", folder / name, "hf", tokenizer=TOKENIZER)
+        convert(STORIES / f"{name}.bin", folder / name, "hf", reading=ReadOptions(TOKENIZER))
     return folder
 
 
@@ -106,8 +111,8 @@ def test_both_float_versions_give_equal_bits(stories):
 @needs_stories
 def test_int8_version_is_within_half_a_group_scale_of_the_floats(stories):
     """The scale of each group of 8 is its largest weight over 127, so rounding moves a weight by half of it at most."""
-    floats = llama2c.read(STORIES / "stories260K.bin", TOKENIZER).tensors
-    small = llama2c.read(STORIES / "stories260K-q8.bin", TOKENIZER).tensors
+    floats = llama2c.read(STORIES / "stories260K.bin", ReadOptions(TOKENIZER)).tensors
+    small = llama2c.read(STORIES / "stories260K-q8.bin", ReadOptions(TOKENIZER)).tensors
     for name in floats:
         exact, rounded = floats[name].load(), small[name].load()
         if exact.dim() == 1:
@@ -158,14 +163,14 @@ def test_loss_on_stories_equals_a_float64_evaluation_of_the_file(stories, rows):
 
 
 def test_logits_of_a_random_model_equal_a_float64_evaluation(small, tmp_path):
-    convert(small[0], tmp_path / "out", "hf", tokenizer=small[1])
+    convert(small[0], tmp_path / "out", "hf", reading=ReadOptions(small[1]))
     header, weights = reference.read_legacy(small[0])
     tokens = np.random.default_rng(1).integers(0, 300, 64)
     expected = reference.logits(header, weights, tokens)
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         found = model(torch.from_numpy(tokens)[None]).logits[0].double().numpy()
-        own = llama2c.read(*small).logits(tokens.tolist()).double().numpy()
+        own = read_small(small).logits([tokens.tolist()])[0].double().numpy()
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     assert np.abs(own - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -181,7 +186,7 @@ def check_ids(pieces, folder):
 
 
 def test_loaded_tokenizer_of_a_random_model_gives_the_ids_of_run_c(small, tmp_path):
-    convert(small[0], tmp_path / "out", "hf", tokenizer=small[1])
+    convert(small[0], tmp_path / "out", "hf", reading=ReadOptions(small[1]))
     check_ids(reference.read_tokenizer(small[1]), tmp_path / "out")
 
 
@@ -216,7 +221,7 @@ def test_file_of_another_size_is_refused_with_both_sizes(name, change, tmp_path)
     broken = tmp_path / "model.bin"
     broken.write_bytes(content[:change] if change < 0 else content + bytes(change))
     with pytest.raises(UserError, match=f"holds {len(content) + change} bytes.* asks for {len(content)}"):
-        convert(broken, tmp_path / "out", "hf", source="llama2c", tokenizer=TOKENIZER)
+        convert(broken, tmp_path / "out", "hf", source="llama2c", reading=ReadOptions(TOKENIZER))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin"]
 
 
@@ -236,10 +241,12 @@ def broken_copy(path, place, value):
     ],
 )
 def test_damaged_header_is_refused(to, place, value, message, small, tmp_path):
-    convert(small[0], tmp_path / "copy", to, tokenizer=small[1])
+    convert(small[0], tmp_path / "copy", to, reading=ReadOptions(small[1]))
     broken_copy(tmp_path / "copy" / "model.bin", place, value)
     with pytest.raises(UserError, match=message):
-        convert(tmp_path / "copy" / "model.bin", tmp_path / "out", "hf", source="llama2c", tokenizer=small[1])
+        convert(
+            tmp_path / "copy" / "model.bin", tmp_path / "out", "hf", source="llama2c", reading=ReadOptions(small[1])
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -251,53 +258,58 @@ def test_rotary_table_of_another_base_is_refused(small, tmp_path):
     assert content.count(table) == 1
     (tmp_path / "model.bin").write_bytes(content.replace(table, other))
     with pytest.raises(UserError, match="freqs_sin is not the table of rope_theta=10000"):
-        llama2c.read(tmp_path / "model.bin", small[1])
+        llama2c.read(tmp_path / "model.bin", ReadOptions(small[1]))
 
 
 def test_tokenizer_of_another_size_or_cut_short_is_refused(small, tmp_path):
     pieces = reference.read_tokenizer(small[1])
     reference.write_tokenizer(tmp_path / "short.bin", pieces[:-1])
     with pytest.raises(UserError, match="has 299 pieces, but the checkpoint's vocab_size is 300"):
-        convert(small[0], tmp_path / "out", "hf", tokenizer=tmp_path / "short.bin")
+        convert(small[0], tmp_path / "out", "hf", reading=ReadOptions(tmp_path / "short.bin"))
     (tmp_path / "cut.bin").write_bytes(small[1].read_bytes()[:-1])
     with pytest.raises(UserError, match="cut short"):
-        convert(small[0], tmp_path / "out", "hf", tokenizer=tmp_path / "cut.bin")
+        convert(small[0], tmp_path / "out", "hf", reading=ReadOptions(tmp_path / "cut.bin"))
     reference.write_tokenizer(tmp_path / "twice.bin", [*pieces[:-1], pieces[-2]])
     with pytest.raises(UserError, match="several ids"):
-        convert(small[0], tmp_path / "out", "hf", tokenizer=tmp_path / "twice.bin")
+        convert(small[0], tmp_path / "out", "hf", reading=ReadOptions(tmp_path / "twice.bin"))
     with pytest.raises(UserError, match="--tokenizer"):
         convert(small[0], tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
 
 
 def test_certificate_finds_query_rows_left_in_pairs(small, tmp_path):
-    source = llama2c.read(*small)
+    source = read_small(small)
     name = "model.layers.1.self_attn.q_proj.weight"
     right = source.tensors[name].load()
     left_alone = right.unflatten(0, (4, 2, 2)).transpose(1, 2).flatten(0, 2)
     wrong = dataclasses.replace(source.tensors[name], load=lambda: left_alone.contiguous())
-    hf.write(dataclasses.replace(source, tensors={**source.tensors, name: wrong}), tmp_path)
+    misread = dataclasses.replace(source, tensors={**source.tensors, name: wrong})
+    hf.write(misread, tmp_path, WriteOptions())
+    with pytest.raises(CertificateError, match=f"{name} of .* differs from the source's"):
+        compare(source, hf.read_back(tmp_path), None, "tensors")
     with pytest.raises(CertificateError, match="logits differ by"):
-        compare(source, hf.read_back(tmp_path))
+        compare(misread, hf.read_back(tmp_path), None, "logits")
 
 
 def test_nothing_is_written_when_the_certificate_fails(small, tmp_path, monkeypatch):
-    def read_with_other_ids(path, tokenizer):
-        source = llama2c.read(path, tokenizer)
+    def read_with_other_ids(path, options):
+        source = llama2c.read(path, options)
         return dataclasses.replace(source, encode=lambda text: [*source.encode(text), 5])
 
     monkeypatch.setitem(conversion.SOURCES, "llama2c", conversion.Source(read_with_other_ids, llama2c.recognises))
     with pytest.raises(CertificateError, match="token ids of 'Once upon a time"):
-        convert(small[0], tmp_path / "out", "hf", tokenizer=small[1])
+        convert(small[0], tmp_path / "out", "hf", reading=ReadOptions(small[1]))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_round_trips_keep_every_bit(small, tmp_path):
-    convert(small[0], tmp_path / "a", "hf", tokenizer=small[1])
+    convert(small[0], tmp_path / "a", "hf", reading=ReadOptions(small[1]))
     convert(tmp_path / "a", tmp_path / "b", "llama2c")
     convert(tmp_path / "a", tmp_path / "b1", "llama2c-v1")
-    convert(tmp_path / "b" / "model.bin", tmp_path / "c", "hf", tokenizer=tmp_path / "b" / "tokenizer.bin")
-    convert(tmp_path / "b1" / "model.bin", tmp_path / "c1", "hf", tokenizer=tmp_path / "b1" / "tokenizer.bin")
+    convert(tmp_path / "b" / "model.bin", tmp_path / "c", "hf", reading=ReadOptions(tmp_path / "b" / "tokenizer.bin"))
+    convert(
+        tmp_path / "b1" / "model.bin", tmp_path / "c1", "hf", reading=ReadOptions(tmp_path / "b1" / "tokenizer.bin")
+    )
     for name in ("model.safetensors", "tokenizer.json", "config.json", "generation_config.json"):
         content = (tmp_path / "a" / name).read_bytes()
         assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "c1" / name).read_bytes() == content, name
@@ -316,7 +328,7 @@ def test_stories_written_back_are_the_published_files(stories, tmp_path):
         ("config.json", {"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06 cannot be held by llama2.c"),
         ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters=.*500000"),
         ("config.json", {"hidden_act": "gelu"}, "hidden_act=gelu cannot be held"),
-        ("config.json", {"model_type": "gpt2"}, "model_type=gpt2; only llama"),
+        ("config.json", {"model_type": "gpt2"}, "model_type=gpt2 cannot be held by llama2c"),
         ("config.json", {"sliding_window": 128}, "sets {'sliding_window': 128}"),
         ("config.json", {"hidden_size": 32}, "has shape"),
         ("generation_config.json", {"eos_token_id": [2, 7]}, "generation.stop_token_ids="),
@@ -324,7 +336,7 @@ def test_stories_written_back_are_the_published_files(stories, tmp_path):
     ],
 )
 def test_what_llama2c_cannot_hold_is_refused_by_name(file, change, message, small, tmp_path):
-    convert(small[0], tmp_path / "a", "hf", tokenizer=small[1])
+    convert(small[0], tmp_path / "a", "hf", reading=ReadOptions(small[1]))
     content = json.loads((tmp_path / "a" / file).read_text(encoding="utf-8"))
     (tmp_path / "a" / file).write_text(json.dumps(content | change), encoding="utf-8")
     with pytest.raises(UserError, match=message):
@@ -333,11 +345,10 @@ def test_what_llama2c_cannot_hold_is_refused_by_name(file, change, message, smal
 
 
 def test_shards_are_written_one_at_a_time_and_load(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_BYTES", 6000)
-    convert(small[0], tmp_path / "a", "hf", tokenizer=small[1])
+    convert(small[0], tmp_path / "a", "hf", reading=ReadOptions(small[1]), writing=WriteOptions(shard_bytes=6000))
     shards = sorted((tmp_path / "a").glob("model-*.safetensors"))
     assert len(shards) > 3
-    source = llama2c.read(*small).tensors
+    source = read_small(small).tensors
     merged = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     assert merged.keys() == source.keys()
     assert all(torch.equal(merged[name], source[name].load()) for name in merged)
@@ -348,12 +359,12 @@ def test_shards_are_written_one_at_a_time_and_load(small, tmp_path, monkeypatch)
 def test_existing_output_is_refused_and_left_alone(small, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists; name a folder that does not, or remove it"):
-        convert(small[0], tmp_path / "out", "hf", tokenizer=small[1])
+        convert(small[0], tmp_path / "out", "hf", reading=ReadOptions(small[1]))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_record_names_each_file_by_its_digest(small, tmp_path):
-    record = convert(small[0], tmp_path / "out", "hf", tokenizer=small[1])
+    record = convert(small[0], tmp_path / "out", "hf", reading=ReadOptions(small[1]))
     assert record == json.loads((tmp_path / "out" / "conversion.json").read_text(encoding="utf-8"))
     written = {path for path in (tmp_path / "out").iterdir() if path.name != "conversion.json"}
     expected = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}

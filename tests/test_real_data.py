@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from src.checkpoints.checkpoint import ReadOptions
 from src.checkpoints.convert import convert
 from tests.tiny_run import run_train
 
@@ -26,7 +27,7 @@ pytestmark = [
 def stories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stories") / "hf"
     weights = SHARED / "weights" / "stories260K"
-    convert(weights / "stories260K.bin", folder, "hf", source="llama2c", tokenizer=weights / "tok512.bin")
+    convert(weights / "stories260K.bin", folder, "hf", source="llama2c", reading=ReadOptions(weights / "tok512.bin"))
     return folder
 
 

@@ -1,19 +1,26 @@
-"""The proof that comes with a conversion: what was written, read back, does what the source does.
+"""The proof that comes with a conversion: what was written, read back, is what the source is, and does what it does.
 
-    measured = compare(source, hf.read_back(folder))
+    measured = compare(source, hf.read_back(folder), rounding=None, kind="logits")
 
-It proves agreement of two evaluations on a few texts in float32. How independent they are depends on the source: for
-llama2.c the source is evaluated from its own file by `interleaved.interleaved_logits` and `ScoredPieces.encode`, which
-share no code with transformers and tokenizers, but rest on this project's reading of the file's layout. It says nothing
-about texts that are not here, about other number formats, or about the quality of the model.
+Every tensor is compared, bit for bit: with the source's own, or where the target's number format is coarser, with the
+source's own rounded to it. Then both are evaluated in float32, the source with weights rounded in the same way, so that
+what is left is the rounding of two orders of summation. How far rounding weights moved the logits is told beside it.
+
+It proves agreement of two evaluations on a few texts and random rows. How independent they are depends on the source:
+for llama2.c the source is evaluated from its own file by `interleaved.interleaved_logits` and `ScoredPieces.encode`,
+which share no code with transformers and tokenizers, but rest on this project's reading of the file's layout. It says
+nothing about texts that are not here, about other number formats, or about the quality of the model.
 """
 
 import importlib.metadata
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from src.checkpoints.checkpoint import Checkpoint
+import torch
+
+from src.checkpoints.checkpoint import Checkpoint, Rounding
 from utils.files import sha256_of_file
 
 TEXTS = (
@@ -27,45 +34,101 @@ TEXTS = (
     "2,500 + 17.5% = x_1; if (a[0] >= b) { return; }",
 )
 GREEDY_TOKENS = 32
+LARGE, GREEDY_TOKENS_OF_LARGE = 5 * 10**8, 4  # weights from which an evaluation takes seconds
 # float32 rounding grows to about 1e-6 of the largest logit in small models and 1e-5 in deep ones; a wrong row, angle or
 # norm moves logits by tenths of it.
 RELATIVE_TOLERANCE = 1e-4
+
+
+RANDOM_ROWS, RANDOM_TOKENS = 2, 24
+
+Kind = Literal["logits", "tensors", "none"]
+"""`logits`: tensors, token ids and evaluations are compared; `tensors`: tensors and token ids; `none`: nothing."""
 
 
 class CertificateError(RuntimeError):
     """What was written does not do what the source does."""
 
 
+def compare(source: Checkpoint, written: Checkpoint, rounding: Rounding | None, kind: Kind) -> dict[str, Any] | None:
+    """Compare what was written with its source.
+
+    Args:
+        rounding: how the target rounds weights; None: it does not.
+    Returns:
+        The figures, ready for conversion.json; None for kind `none`.
+    Raises:
+        CertificateError: they differ; the message says where and by how much.
+    """
+    if kind == "none":
+        return None
+    figures: dict[str, Any] = {
+        "kind": kind,
+        **_compare_tensors(source, written, rounding),
+        **_compare_ids(source, written),
+    }
+    return figures | _compare_logits(source, written, rounding) if kind == "logits" else figures
+
+
+def _compare_tensors(source: Checkpoint, written: Checkpoint, rounding: Rounding | None) -> dict[str, Any]:
+    if source.tensors.keys() != written.tensors.keys():
+        apart = sorted(source.tensors.keys() ^ written.tensors.keys())
+        raise CertificateError(f"{len(apart)} tensors are on one side alone: {apart[:4]}")
+    moved = 0.0
+    for name, tensor in source.tensors.items():
+        own = tensor.load()
+        expected = (own if rounding is None else rounding(name, own)).float()
+        found = written.tensors[name].load().float()
+        if not torch.equal(expected, found):
+            raise CertificateError(
+                f"{name} of {tuple(found.shape)} differs from the source's of {tuple(expected.shape)}"
+                + (f" by {float((expected - found).abs().max()):.3g}" if expected.shape == found.shape else "")
+            )
+        if rounding is not None and expected.numel():
+            moved = max(moved, float((expected - own.float()).norm() / own.float().norm().clamp(min=1e-30)))
+    return {"tensors_equal": len(source.tensors), "largest_relative_rounding_of_a_tensor": moved}
+
+
+def _compare_ids(source: Checkpoint, written: Checkpoint) -> dict[str, Any]:
+    for text in TEXTS:
+        if (expected := source.encode(text)) != (found := written.encode(text)):
+            raise CertificateError(f"token ids of {text!r} differ: {expected} in the source, {found} as written")
+    return {"token_ids_equal_on_texts": len(TEXTS)}
+
+
 def _rows(source: Checkpoint) -> list[list[int]]:
-    context = source.architecture.max_position_embeddings
-    return [source.encode(text)[:context] for text in TEXTS]
+    """Those of the texts that have a token, and random ones."""
+    sizes = source.architecture
+    context = sizes.max_position_embeddings
+    rows = [source.encode(text)[:context] for text in TEXTS]
+    random = torch.Generator().manual_seed(0)
+    shape = (RANDOM_ROWS, min(RANDOM_TOKENS, context))
+    rows += torch.randint(sizes.vocab_size, shape, generator=random).tolist()
+    return [row for row in rows if row]
 
 
 def _greedy(written: Checkpoint, start: Sequence[int]) -> list[int]:
     """Continue `start` with the written model's most likely tokens, by one whole evaluation a token."""
     row = list(start)
-    while len(row) < min(len(start) + GREEDY_TOKENS, written.architecture.max_position_embeddings):
-        row.append(int(written.logits(row)[-1].argmax()))
+    weights = sum(math.prod(tensor.shape) for tensor in written.tensors.values())
+    tokens = GREEDY_TOKENS if weights < LARGE else GREEDY_TOKENS_OF_LARGE
+    while len(row) < min(len(start) + tokens, written.architecture.max_position_embeddings):
+        row.append(int(written.logits([row])[0][-1].argmax()))
     return row
 
 
-def compare(source: Checkpoint, written: Checkpoint) -> dict[str, Any]:
-    """Evaluate both on `TEXTS` and on the written model's greedy continuation of the first.
+def _compare_logits(source: Checkpoint, written: Checkpoint, rounding: Rounding | None) -> dict[str, Any]:
+    """Evaluate both on some rows and on the written model's greedy continuation of the first.
 
     The source is held to the greedy continuation by its most likely token at each place of it, which is the same as
     continuing on its own.
-
-    Returns:
-        The figures, ready for conversion.json.
-    Raises:
-        CertificateError: token ids, greedy tokens or logits differ; the message says where and by how much.
     """
-    for text in TEXTS:
-        if (expected := source.encode(text)) != (found := written.encode(text)):
-            raise CertificateError(f"token ids of {text!r} differ: {expected} in the source, {found} as written")
+    rows = _rows(source)
+    continued = _greedy(written, rows[0])
+    *all_expected, of_continued = source.logits([*rows, continued[:-1]], rounding)
+    all_found = written.logits(rows)
     difference, largest = 0.0, 0.0
-    for row in _rows(source):
-        expected, found = source.logits(row), written.logits(row)
+    for expected, found in zip(all_expected, all_found, strict=True):
         if not expected.isfinite().all():
             raise CertificateError("the source's own logits are not finite; its weights are damaged")
         difference = max(difference, float((expected - found).abs().max()))
@@ -75,17 +138,24 @@ def compare(source: Checkpoint, written: Checkpoint) -> dict[str, Any]:
             f"logits differ by {difference:.3g} with a largest logit of {largest:.3g}; at most "
             f"{RELATIVE_TOLERANCE:g} of it is rounding"
         )
-    start = _rows(source)[0]
-    continued = _greedy(written, start)
-    expected = source.logits(continued[:-1])[len(start) - 1 :].argmax(dim=-1).tolist()
-    if expected != continued[len(start) :]:
-        raise CertificateError(f"greedy tokens differ: {expected} in the source, {continued[len(start) :]} as written")
+    expected = of_continued[len(rows[0]) - 1 :].argmax(dim=-1).tolist()
+    if expected != continued[len(rows[0]) :]:
+        raise CertificateError(
+            f"greedy tokens differ: {expected} in the source, {continued[len(rows[0]) :]} as written"
+        )
+    moved, agreement = 0.0, 1.0
+    if rounding is not None:
+        unrounded = source.logits(rows)
+        moved = max(float((own - found).abs().max()) for own, found in zip(unrounded, all_found, strict=True))
+        same = [own.argmax(-1) == found.argmax(-1) for own, found in zip(unrounded, all_found, strict=True)]
+        agreement = float(torch.cat(same).float().mean())
     return {
-        "token_ids_equal_on_texts": len(TEXTS),
         "max_logit_difference": difference,
         "largest_logit": largest,
         "relative_tolerance": RELATIVE_TOLERANCE,
         "greedy_tokens_equal": len(expected),
+        "max_logit_difference_by_rounding_weights": moved,
+        "most_likely_tokens_kept_by_rounding_weights": agreement,
     }
 
 

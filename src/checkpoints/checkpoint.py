@@ -10,68 +10,15 @@ cannot hold.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from src.checkpoints.architecture import Architecture, LlamaArchitecture
 from src.checkpoints.pieces import ScoredPieces
 from utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class LlamaArchitecture:
-    """What a Llama's tensors compute, in the words of Hugging Face's config.json.
-
-    Another family of models joins as another dataclass beside this one, with its own `tensor_shapes`.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    """Tokens the model may attend over."""
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    """Whether the head is the embedding's own tensor; `lm_head.weight` is then absent from the tensors."""
-    rope_parameters: Mapping[str, Any] = field(
-        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}, hash=False
-    )
-    """Rotary embedding, as transformers' `rope_parameters`."""
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by its Hugging Face name, in the model's order."""
-        hidden, wide = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for layer in range(self.num_hidden_layers):
-            linear = {
-                "self_attn.q_proj": (queries, hidden, self.attention_bias),
-                "self_attn.k_proj": (keys, hidden, self.attention_bias),
-                "self_attn.v_proj": (keys, hidden, self.attention_bias),
-                "self_attn.o_proj": (hidden, queries, self.attention_bias),
-                "mlp.gate_proj": (wide, hidden, self.mlp_bias),
-                "mlp.up_proj": (wide, hidden, self.mlp_bias),
-                "mlp.down_proj": (hidden, wide, self.mlp_bias),
-            }
-            for name, (rows, columns, bias) in linear.items():
-                shapes[f"model.layers.{layer}.{name}.weight"] = (rows, columns)
-                if bias:
-                    shapes[f"model.layers.{layer}.{name}.bias"] = (rows,)
-            shapes[f"model.layers.{layer}.input_layernorm.weight"] = (hidden,)
-            shapes[f"model.layers.{layer}.post_attention_layernorm.weight"] = (hidden,)
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
 
 
 @dataclass(frozen=True)
@@ -87,6 +34,40 @@ class LazyTensor:
     def size_in_bytes(self) -> int:
         """Memory that the loaded tensor takes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Rounding = Callable[[str, torch.Tensor], torch.Tensor]
+"""A tensor by its Hugging Face name -> the values that a target keeps of it, in any dtype that holds them."""
+
+
+class Logits(Protocol):
+    """An evaluation of a whole model in float32."""
+
+    def __call__(self, rows: Sequence[Sequence[int]], rounding: Rounding | None = None) -> list[torch.Tensor]:
+        """
+        Args:
+            rows: token ids, each row of at least one and at most as many as the model's context.
+            rounding: what every weight goes through first. None: weights as they are.
+        Returns:
+            For each row float32 logits of shape (tokens, vocabulary).
+        """
+
+
+def rounded(
+    tensors: Mapping[str, LazyTensor], rounding: Rounding | None, name_of: Callable[[str], str] = str
+) -> Mapping[str, LazyTensor]:
+    """The tensors, each rounded when it is loaded.
+
+    Args:
+        name_of: a tensor's Hugging Face name by its name in `tensors`.
+    """
+    if rounding is None:
+        return tensors
+
+    def wrapped(name: str, tensor: LazyTensor) -> LazyTensor:
+        return replace(tensor, load=lambda: rounding(name_of(name), tensor.load()))
+
+    return {name: wrapped(name, tensor) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -114,27 +95,54 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """What a person says of a source beside its path."""
+
+    tokenizer: Path | None = None
+    """The tokenizer's file or folder, where the source does not hold it."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What a person asks of a target."""
+
+    dtype: str | None = None
+    """Number format of the weights, by the target's name for it. None: the source's own, or the target's only one."""
+    shard_bytes: int = 2**30
+    """Most bytes of a weight file, where the target can have several."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model in no particular format."""
 
     inputs: tuple[Path, ...]
     """The files it was read from."""
-    architecture: LlamaArchitecture
+    architecture: Architecture
     tensors: Mapping[str, LazyTensor]
     """By Hugging Face name, with rotary pairs in halves as transformers has them."""
     tokenizer: ScoredPieces | TokenizerFiles
     generation: Generation
-    logits: Callable[[Sequence[int]], torch.Tensor]
-    """The source's own evaluation: token ids of one row to float32 logits of shape (tokens, vocabulary)."""
+    logits: Logits
+    """The source's own evaluation."""
     encode: Callable[[str], list[int]]
     """The source's own tokenization, with the begin token in front."""
 
+    def tensors_in_order(self) -> Mapping[str, LazyTensor]:
+        """The tensors in the model's order, where its architecture tells that, else in the source's."""
+        if not isinstance(self.architecture, LlamaArchitecture):
+            return self.tensors
+        return {name: self.tensors[name] for name in self.architecture.tensor_shapes()}
+
     def check_tensors(self) -> None:
-        """Compare the tensors with what the architecture needs.
+        """Compare the tensors of a Llama with what its architecture needs; transformers compares those of others when
+        it loads them.
 
         Raises:
             UserError: a tensor is missing, is not one of the architecture's, or has another shape.
         """
+        if not isinstance(self.architecture, LlamaArchitecture):
+            return
         shapes = self.architecture.tensor_shapes()
         missing, unknown = shapes.keys() - self.tensors.keys(), self.tensors.keys() - shapes.keys()
         if missing or unknown:

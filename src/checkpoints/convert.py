@@ -1,15 +1,16 @@
 """Conversion of a checkpoint from one format to another, through `Checkpoint`, with a certificate.
 
-convert(Path("model.bin"), Path("outputs/model"), target="hf", tokenizer=Path("tokenizer.bin"))
+convert(Path("model.bin"), Path("outputs/model"), target="hf", reading=ReadOptions(tokenizer=Path("tokenizer.bin")))
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from src.checkpoints import certificate, hf, llama2c
-from src.checkpoints.checkpoint import Checkpoint
+from src.checkpoints.checkpoint import Checkpoint, ReadOptions, Rounding, WriteOptions
 from utils.errors import UserError
 from utils.files import whole_folder, write_json
 
@@ -18,19 +19,24 @@ from utils.files import whole_folder, write_json
 class Source:
     """A format that can be read."""
 
-    read: Callable[[Path, Path | None], Checkpoint]
-    """Takes the checkpoint's path and that of a separate tokenizer, if one was named."""
+    read: Callable[[Path, ReadOptions], Checkpoint]
     recognises: Callable[[Path], bool]
+    options: frozenset[str] = frozenset({"tokenizer"})
+    """The fields of `ReadOptions` that it heeds."""
 
 
 @dataclass(frozen=True)
 class Target:
     """A format that can be written."""
 
-    write: Callable[[Checkpoint, Path], None]
-    """Fills the folder it is given."""
+    write: Callable[[Checkpoint, Path, WriteOptions], Rounding | None]
+    """Fills the folder it is given, and tells how it rounded weights."""
     read_back: Callable[[Path], Checkpoint]
     """Reads that folder again, evaluated as the format's users would."""
+    dtypes: tuple[str, ...] = ()
+    """Number formats that `WriteOptions.dtype` may ask for."""
+    options: frozenset[str] = frozenset()
+    """Further fields of `WriteOptions` that it heeds."""
 
 
 SOURCES = {
@@ -38,10 +44,13 @@ SOURCES = {
     "llama2c": Source(llama2c.read, llama2c.recognises),
 }
 TARGETS = {
-    "hf": Target(hf.write, hf.read_back),
+    "hf": Target(hf.write, hf.read_back, dtypes=tuple(hf.DTYPES), options=frozenset({"shard_bytes"})),
     "llama2c": Target(llama2c.write_version_0, llama2c.read_back),
     "llama2c-v1": Target(llama2c.write_version_1, llama2c.read_back),
 }
+
+
+DTYPES = tuple(dict.fromkeys(dtype for target in TARGETS.values() for dtype in target.dtypes))
 
 
 def recognised_source(path: Path) -> str:
@@ -66,8 +75,9 @@ def convert(
     output: Path,
     target: str,
     source: str | None = None,
-    tokenizer: Path | None = None,
-    check: bool = True,
+    reading: ReadOptions | None = None,
+    writing: WriteOptions | None = None,
+    check: certificate.Kind = "logits",
 ) -> dict[str, Any]:
     """Read a checkpoint, write it in another format, read that back and compare the two.
 
@@ -76,31 +86,49 @@ def convert(
     Args:
         target: a name in `TARGETS`.
         source: a name in `SOURCES`; None: told from the files.
-        tokenizer: the tokenizer's file or folder, where the source does not hold it.
-        check: whether what was written is read back and compared.
+        check: how what was written is compared; see `certificate`.
     Returns:
         The content of conversion.json.
     Raises:
-        UserError: the output exists, the source cannot be read, or the target cannot hold it.
+        UserError: the output exists, the source cannot be read, the target cannot hold it, or an option is not one of
+            theirs.
         CertificateError: what was written does not do what the source does.
     """
+    reading, writing = reading or ReadOptions(), writing or WriteOptions()
     if output.exists():
         raise UserError(f"{output} exists; name a folder that does not, or remove it first")
     source = source or recognised_source(source_path)
     for name, known, option in ((source, SOURCES, "--from"), (target, TARGETS, "--to")):
         if name not in known:
             raise UserError(f"{option} {name} is unknown; it is one of {', '.join(known)}")
-    checkpoint = SOURCES[source].read(source_path, tokenizer)
-    with whole_folder(output) as folder:
-        TARGETS[target].write(checkpoint, folder)
+    _check_options(source, reading, target, writing)
+    checkpoint = SOURCES[source].read(source_path, reading)
+    with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as beside:
+        inputs = beside.submit(certificate.fingerprints, checkpoint.inputs)
+        rounding = TARGETS[target].write(checkpoint, folder, writing)
         written = sorted(path for path in folder.iterdir() if path.is_file())
         record = {
             "from": source,
             "to": target,
-            "inputs_sha256": certificate.fingerprints(checkpoint.inputs),
+            "inputs_sha256": inputs.result(),
             "outputs_sha256": certificate.fingerprints(written),
             "versions": certificate.versions(),
-            "check": certificate.compare(checkpoint, TARGETS[target].read_back(folder)) if check else None,
+            "check": certificate.compare(checkpoint, TARGETS[target].read_back(folder), rounding, check),
         }
         write_json(folder / "conversion.json", record)
     return record
+
+
+def _check_options(source: str, reading: ReadOptions, target: str, writing: WriteOptions) -> None:
+    """Raises: UserError, naming an option that the source or the target would not heed."""
+    dtypes = TARGETS[target].dtypes
+    if writing.dtype is not None and writing.dtype not in dtypes:
+        known = f"one of {', '.join(dtypes)}" if dtypes else "fixed: leave --dtype out"
+        raise UserError(f"--dtype {writing.dtype} is not for --to {target}, whose number format is {known}")
+    heeded = SOURCES[source].options | TARGETS[target].options | {"dtype"}
+    for given in (reading, writing):
+        for option in fields(given):
+            if getattr(given, option.name) != option.default and option.name not in heeded:
+                raise UserError(
+                    f"--{option.name.replace('_', '-')} has no meaning from {source} to {target}; leave it out"
+                )

@@ -8,11 +8,14 @@ Shapes: T tokens, V vocabulary, C hidden size, H heads, K key heads, D head size
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import rms_norm, silu
 
-from src.checkpoints.checkpoint import LazyTensor, LlamaArchitecture
+from src.checkpoints.architecture import LlamaArchitecture
+from src.checkpoints.checkpoint import LazyTensor, Rounding, rounded
+from utils.errors import UserError
 
 # Meta's name of a layer's tensor -> Hugging Face's
 _LAYER_NAMES = {
@@ -88,46 +91,94 @@ def _rotate(states_THD: torch.Tensor, angles_TF: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def interleaved_logits(
-    architecture: LlamaArchitecture, tensors: Mapping[str, LazyTensor], token_ids: Sequence[int]
-) -> torch.Tensor:
-    """Evaluate Llama on one row of tokens from tensors by Meta's names, unpermuted, one layer in memory at a time.
+    architecture: LlamaArchitecture,
+    tensors: Mapping[str, LazyTensor],
+    rows: Sequence[Sequence[int]],
+    rounding: Rounding | None = None,
+) -> list[torch.Tensor]:
+    """Evaluate Llama from tensors by Meta's names, unpermuted, one layer in memory at a time.
 
     It shares no code with transformers, so agreement with a converted model speaks for names, shapes, row order, rotary
-    angles and norms alike. Plain rotary embedding and no biases.
+    angles and norms alike. No biases.
 
     Args:
-        token_ids: T ids, 1 <= T <= the model's context.
+        rows: token ids, each row of 1 to as many as the model's context.
+        rounding: what every weight goes through first, by its Hugging Face name.
     Returns:
-        float32 logits (T, V).
+        For each row float32 logits (T, V).
     """
-
-    def weight(name: str) -> torch.Tensor:
-        return tensors[f"{name}.weight"].load().float()
-
-    def norm(states_TC: torch.Tensor, name: str) -> torch.Tensor:
-        return rms_norm(states_TC, (architecture.hidden_size,), weight(name), architecture.rms_norm_eps)
-
-    size = architecture.head_dim
-    frequencies = float(architecture.rope_parameters["rope_theta"]) ** (-torch.arange(0, size, 2).double() / size)
-    angles_TF = torch.outer(torch.arange(len(token_ids)).double(), frequencies).float()
-    future_TT = torch.ones(len(token_ids), len(token_ids), dtype=torch.bool).triu(1)
-    states_TC = weight("tok_embeddings")[torch.tensor(token_ids)]
+    model = _Interleaved(architecture, rounded(tensors, rounding, hugging_face_name))
+    embedding_VC = model.weight("tok_embeddings")
+    states = [embedding_VC[torch.tensor(row)] for row in rows]
+    if not architecture.tie_word_embeddings:
+        del embedding_VC
     for layer in range(architecture.num_hidden_layers):
-        prefix = f"layers.{layer}"
-        normed_TC = norm(states_TC, f"{prefix}.attention_norm")
+        states = model.layer(f"layers.{layer}", states)
+    head_VC = embedding_VC if architecture.tie_word_embeddings else model.weight("output")
+    final_C = model.weight("norm")
+    return [model.norm(states_TC, final_C) @ head_VC.T for states_TC in states]
+
+
+@dataclass(frozen=True)
+class _Interleaved:
+    """A Llama whose weights are loaded when they are used."""
+
+    sizes: LlamaArchitecture
+    tensors: Mapping[str, LazyTensor]
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self.tensors[f"{name}.weight"].load().float()
+
+    def norm(self, states_TC: torch.Tensor, weight_C: torch.Tensor) -> torch.Tensor:
+        return rms_norm(states_TC, (self.sizes.hidden_size,), weight_C, self.sizes.rms_norm_eps)
+
+    def layer(self, prefix: str, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The rows after one layer, (T, C) each."""
+        norm_C = self.weight(f"{prefix}.attention_norm")
+        projections = [self.weight(f"{prefix}.attention.{name}") for name in ("wq", "wk", "wv", "wo")]
+        states = [row_TC + self._attention(self.norm(row_TC, norm_C), *projections) for row_TC in states]
+        del projections
+        norm_C = self.weight(f"{prefix}.ffn_norm")
+        gate, down, up = (self.weight(f"{prefix}.feed_forward.w{number}") for number in (1, 2, 3))
+        normed = [self.norm(row_TC, norm_C) for row_TC in states]
+        return [
+            row + (silu(inner @ gate.T) * (inner @ up.T)) @ down.T for row, inner in zip(states, normed, strict=True)
+        ]
+
+    def _attention(
+        self, normed_TC: torch.Tensor, wq: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor, wo: torch.Tensor
+    ) -> torch.Tensor:
+        sizes, length = self.sizes, len(normed_TC)
+        angles_TF = torch.outer(torch.arange(length).double(), rotary_frequencies(sizes)).float()
         queries_THD, keys_TKD, values_TKD = (
-            (normed_TC @ weight(f"{prefix}.attention.{name}").T).unflatten(1, (-1, size)) for name in ("wq", "wk", "wv")
+            (normed_TC @ weight.T).unflatten(1, (-1, sizes.head_dim)) for weight in (wq, wk, wv)
         )
         queries_THD, keys_TKD = _rotate(queries_THD, angles_TF), _rotate(keys_TKD, angles_TF)
-        shared = architecture.num_attention_heads // architecture.num_key_value_heads
+        shared = sizes.num_attention_heads // sizes.num_key_value_heads
         keys_THD, values_THD = (states.repeat_interleave(shared, dim=1) for states in (keys_TKD, values_TKD))
-        scores_HTT = torch.einsum("qhd,khd->hqk", queries_THD, keys_THD) / math.sqrt(size)
+        scores_HTT = torch.einsum("qhd,khd->hqk", queries_THD, keys_THD) / math.sqrt(sizes.head_dim)
+        future_TT = torch.ones(length, length, dtype=torch.bool).triu(1)
         shares_HTT = scores_HTT.masked_fill(future_TT, -math.inf).softmax(dim=-1)
-        mixed_TC = torch.einsum("hqk,khd->qhd", shares_HTT, values_THD).flatten(1)
-        states_TC = states_TC + mixed_TC @ weight(f"{prefix}.attention.wo").T
-        normed_TC = norm(states_TC, f"{prefix}.ffn_norm")
-        gated = silu(normed_TC @ weight(f"{prefix}.feed_forward.w1").T)
-        gated = gated * (normed_TC @ weight(f"{prefix}.feed_forward.w3").T)
-        states_TC = states_TC + gated @ weight(f"{prefix}.feed_forward.w2").T
-    head = "tok_embeddings" if architecture.tie_word_embeddings else "output"
-    return norm(states_TC, "norm") @ weight(head).T
+        return torch.einsum("hqk,khd->qhd", shares_HTT, values_THD).flatten(1) @ wo.T
+
+
+def rotary_frequencies(architecture: LlamaArchitecture) -> torch.Tensor:
+    """Radians a position of each pair, float64 (D / 2,), with Llama 3.1's stretching of long wavelengths.
+
+    Wavelengths above `original context / low_freq_factor` are stretched by `factor`, those below `original context /
+    high_freq_factor` are kept, and between them the two are mixed in proportion to the turns in the original context.
+
+    Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling)
+    Raises:
+        UserError: the scaling is of another kind.
+    """
+    size, rope = architecture.head_dim, architecture.rope_parameters
+    frequencies = float(rope["rope_theta"]) ** (-torch.arange(0, size, 2).double() / size)
+    if rope["rope_type"] == "default":
+        return frequencies
+    if rope["rope_type"] != "llama3":
+        raise UserError(f"rope_type={rope['rope_type']} is beyond this evaluation, which knows default and llama3")
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / rope["factor"])

@@ -9,6 +9,7 @@ format fixes what its header leaves out: rotary base 10000, RMSNorm epsilon 1e-5
 Source: https://github.com/karpathy/llama2.c/blob/350e04fe35433e6d2941dce5a1f53308f87058eb/export.py
 """
 
+import functools
 import math
 import struct
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, LlamaArchitecture
+from src.checkpoints.architecture import LlamaArchitecture, as_llama
+from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, ReadOptions, WriteOptions
 from src.checkpoints.interleaved import from_hugging_face, interleaved_logits, to_hugging_face
 from src.checkpoints.llama2c_tokenizer import read_pieces, write_pieces
 from utils.errors import UserError
@@ -67,7 +69,7 @@ def recognises(path: Path) -> bool:
     return True
 
 
-def read(path: Path, tokenizer: Path | None) -> Checkpoint:
+def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Read a llama2.c checkpoint of version 0, 1 or 2 with its tokenizer; 8-bit weights become float32.
 
     A text ends at `</s>` and also at `<s>`: models that saw stories one after another write `<s>` between two of them,
@@ -86,6 +88,7 @@ def read(path: Path, tokenizer: Path | None) -> Checkpoint:
             f"{end}; fetch or export the file again"
         )
     _check_tables(path, stored)
+    tokenizer = options.tokenizer
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer in it; name llama2.c's tokenizer file with --tokenizer FILE.bin")
     pieces = read_pieces(tokenizer, header.architecture.vocab_size)
@@ -100,7 +103,7 @@ def read(path: Path, tokenizer: Path | None) -> Checkpoint:
         tensors=to_hugging_face(header.architecture, tensors),
         tokenizer=pieces,
         generation=Generation(pieces.bos_id, (pieces.eos_id, pieces.bos_id), pieces.unk_id),
-        logits=lambda token_ids: interleaved_logits(header.architecture, tensors, token_ids),
+        logits=functools.partial(interleaved_logits, header.architecture, tensors),
         encode=pieces.encode,
     )
     checkpoint.check_tensors()
@@ -232,7 +235,7 @@ def _check_tables(path: Path, stored: dict[str, _Stored]) -> None:
 
 def _refuse_what_cannot_be_held(checkpoint: Checkpoint) -> None:
     """Raises: UserError, naming the first field whose value a llama2.c file cannot express."""
-    sizes = checkpoint.architecture
+    sizes = as_llama(checkpoint.architecture, "llama2c")
     allowed = {
         "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
@@ -261,7 +264,7 @@ def _refuse_what_cannot_be_held(checkpoint: Checkpoint) -> None:
 
 def _write(checkpoint: Checkpoint, folder: Path, version: int) -> None:
     _refuse_what_cannot_be_held(checkpoint)
-    sizes = checkpoint.architecture
+    sizes = as_llama(checkpoint.architecture, "llama2c")
     header = _Header(version, sizes, None)
     counts = [sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers, sizes.num_attention_heads]
     counts += [sizes.num_key_value_heads, sizes.vocab_size, sizes.max_position_embeddings]
@@ -282,7 +285,7 @@ def _write(checkpoint: Checkpoint, folder: Path, version: int) -> None:
             file.write(np.ascontiguousarray(values, "<f4").data)
 
 
-def write_version_0(checkpoint: Checkpoint, folder: Path) -> None:
+def write_version_0(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> None:
     """Write `model.bin` as run.c reads it, and `tokenizer.bin`, into `folder`; one tensor in memory at a time.
 
     Raises:
@@ -291,11 +294,11 @@ def write_version_0(checkpoint: Checkpoint, folder: Path) -> None:
     _write(checkpoint, folder, 0)
 
 
-def write_version_1(checkpoint: Checkpoint, folder: Path) -> None:
+def write_version_1(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> None:
     """Write `model.bin` in version 1, and `tokenizer.bin`, as `write_version_0` does."""
     _write(checkpoint, folder, 1)
 
 
 def read_back(folder: Path) -> Checkpoint:
     """Read what `write_version_0` or `write_version_1` wrote."""
-    return read(folder / "model.bin", folder / "tokenizer.bin")
+    return read(folder / "model.bin", ReadOptions(folder / "tokenizer.bin"))
