@@ -20,6 +20,7 @@ from src.alignment import supervised_spans
 from src.chat import CALL_STOPS, ChatTemplate
 from src.formats import Conversation
 from src.refusal import Refusal
+from src.tokenizer_check import check_ids
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 
@@ -45,7 +46,7 @@ def load_for_generation(source: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     Args:
         source: a folder or a Hub id.
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or its tokenizer's class gives other ids than its file.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -54,6 +55,7 @@ def load_for_generation(source: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         model = loader.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         raise UserError(f"no model could be loaded from {source}: {error}") from error
+    check_ids(tokenizer, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_stops(model, tokenizer)

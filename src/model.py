@@ -29,6 +29,7 @@ from config.schema import ModelConfig
 from src.attention import DOCUMENTS
 from src.attention_choice import use_attention
 from src.generation import set_stops
+from src.tokenizer_check import check_ids
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 from utils.logging import get_logger
@@ -43,7 +44,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a run, with a padding token that is not the end-of-sequence token.
 
     Raises:
-        UserError: there is no such tokenizer, or a file or special token of the config is not to be found.
+        UserError: there is no such tokenizer, a file or special token of the config is not to be found, or its class
+            gives other ids than its tokenizer.json.
     """
     source = config.tokenizer or config.path
     if source.endswith(".json"):
@@ -62,6 +64,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             )
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer could be loaded from {source}: {_in_one_line(error)}") from error
+        check_ids(tokenizer, source, revision)
     for role, token in config.special_tokens.items():
         _set_special_token(tokenizer, role, token)
     _choose_pad_token(tokenizer)
