@@ -30,13 +30,14 @@ def train(command: CommandLine) -> None:
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
+    from src.activations import recompute_activations
     from src.adapters import add_adapter, count_parameters
     from src.attention_choice import prove_attention
     from src.callbacks import Answers, MetricsFile, Progress
     from src.contract import enforce
     from src.data import build_datasets, token_folder
     from src.loss import SupervisedLoss
-    from src.model import context_length, load_model, load_settings, load_tokenizer, recompute_activations
+    from src.model import context_length, load_model, load_settings, load_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
@@ -87,8 +88,8 @@ def train(command: CommandLine) -> None:
     packs_config = replace(config.data, packing=packing)
     train_packs = stream.packed(packing) if stream else PackedRows.of(data.train, packs_config)
     eval_packs = PackedRows.of(data.eval, packs_config) if data.eval else None
-    if config.training.gradient_checkpointing:
-        recompute_activations(model)
+    if config.training.gradient_checkpointing != "none":
+        recompute_activations(model, config.training.gradient_checkpointing)
     model = add_adapter(model, config.adapter, revision=config.model.revision)
     parameters = count_parameters(model)
     log.info("%s parameters, of which %s train", f"{parameters['total']:,}", f"{parameters['trainable']:,}")
@@ -105,6 +106,7 @@ def train(command: CommandLine) -> None:
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
         optim=config.optim,
         neftune_alpha=config.training.neftune_alpha,
+        activation_offload=config.training.activation_offload,
         score=SupervisedLoss(label_smoothing=config.training.label_smoothing, z_loss=config.training.z_loss),
         callbacks=[Progress(), metrics, answers],
     )

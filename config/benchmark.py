@@ -53,7 +53,7 @@ def _at_lengths(**fields: Any) -> tuple[dict[str, Any], ...]:
     return fields | short, fields | long
 
 
-_EIGHT_BILLION = {"model": "llama-8b", "dtype": "bfloat16", "gradient_checkpointing": True}
+_EIGHT_BILLION = {"model": "llama-8b", "dtype": "bfloat16", "gradient_checkpointing": "full"}
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     # for the tests: seconds on a CPU

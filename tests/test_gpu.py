@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from config.schema import AdapterConfig
+from src.activations import recompute_activations
 from src.adapters import add_adapter
 from src.attention_choice import check_documents_apart
 from src.loss import SupervisedLoss, supervised_nll
-from src.model import recompute_activations
 from src.packing import IGNORED, PackCollator, PackedRows
 from tests.gpu_runs import (
     DEVICE,
