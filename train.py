@@ -40,11 +40,12 @@ def train(command: CommandLine) -> None:
     from src.model import context_length, load_model, load_settings, load_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
+    from src.precision import Precision, warn_of_lost_updates
     from src.run import open_run, publish
     from src.streaming import stream_datasets
     from src.trainer import SFTTrainer
     from src.training_arguments import training_arguments
-    from utils.distributed import check_launch, check_world, use_cores
+    from utils.distributed import check_launch, check_world, shards_weights, use_cores
     from utils.hub import check_access
     from utils.reproducibility import environment
 
@@ -93,6 +94,10 @@ def train(command: CommandLine) -> None:
     model = add_adapter(model, config.adapter, revision=config.model.revision)
     parameters = count_parameters(model)
     log.info("%s parameters, of which %s train", f"{parameters['total']:,}", f"{parameters['trainable']:,}")
+    precision = Precision.of(model, autocast=autocast, optim=config.optim)
+    log.info("precision: %s", precision.told())
+    if not shards_weights():  # which may hold weights in float32 of its own accord
+        warn_of_lost_updates(model, config.optim)
 
     metrics = MetricsFile(run.path / "metrics.jsonl")
     answers = Answers(tokenizer, data.eval_conversations, config.evaluation, metrics, run.path / "samples.jsonl")
@@ -123,7 +128,7 @@ def train(command: CommandLine) -> None:
     if eval_packs:
         trainer.evaluate_once()
     run.export(trainer)
-    run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters)
+    run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters, precision=precision.told())
     if config.hub.repo_id and is_main_process():
         publish(run, config.hub)
 
