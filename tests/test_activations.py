@@ -16,7 +16,8 @@ from src.attention_choice import takes_borders, use_attention
 from src.loss import SupervisedLoss
 from src.noise import noisy_embeddings
 from src.packing import PackCollator
-from tests.tiny_run import ARCHITECTURE, assert_same_run, metrics_of, run_train, write_recipe
+from tests.test_launch import launch
+from tests.tiny_run import ARCHITECTURE, assert_same_run, metrics_of, run_train, weights_of, write_recipe
 
 LENGTHS = (7, 20, 3, 18)  # of the documents in each of two packs
 TOKENS, LAYERS = 2 * sum(LENGTHS), 3
@@ -241,6 +242,19 @@ def test_a_run_that_computes_again_is_the_run_that_does_not(tmp_path, kind):
     folders = [tmp_path / name / "outputs" / "run" for name in ("none", kind)]
     assert_same_run(*folders)
     assert len(metrics_of(folders[0])) > 4
+
+
+def test_two_launched_processes_that_compute_again_end_with_the_weights_of_one_that_does_not(tmp_path):
+    recipe = write_recipe(tmp_path, training={"micro_batch_rows": 2, "accumulation_steps": 2})
+    done = run_train("--config", recipe, "--output.name", "one")
+    assert done.code == 0, done.stderr
+    more = ("--training.accumulation_steps", "1", "--training.gradient_checkpointing", "selective")
+    launched = launch("--config", recipe, "--output.name", "two", *more)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    one, two = (weights_of(tmp_path / "outputs" / name / "model") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():  # float32 sums in another order
+        torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU can")
