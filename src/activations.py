@@ -1,8 +1,9 @@
 """What of the forward pass waits for the backward pass: all of it, a part, or a copy in host memory.
 
-    recompute_activations(model, "selective")
-    with offload_activations(model):
-        trainer_step()
+    recompute_activations(model, "full")
+    waiting = offload_activations(model)
+    with waiting:
+        model(**batch).loss.backward()
 
 `full` keeps what enters each decoder layer and computes the layer again (arXiv:1604.06174). `selective` keeps the
 results of matrix products and attention too, which are nearly all of a layer's time, and computes again what is
