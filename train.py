@@ -30,20 +30,22 @@ def train(command: CommandLine) -> None:
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
+    from src.activations import recompute_activations
     from src.adapters import add_adapter, count_parameters
     from src.attention_choice import prove_attention
     from src.callbacks import Answers, MetricsFile, Progress
     from src.contract import enforce
     from src.data import build_datasets, token_folder
     from src.loss import SupervisedLoss
-    from src.model import context_length, load_model, load_settings, load_tokenizer, recompute_activations
+    from src.model import context_length, load_model, load_settings, load_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
+    from src.precision import Precision, warn_of_lost_updates
     from src.run import open_run, publish
     from src.streaming import stream_datasets
     from src.trainer import SFTTrainer
     from src.training_arguments import training_arguments
-    from utils.distributed import check_launch, check_world, use_cores
+    from utils.distributed import check_launch, check_world, shards_weights, use_cores
     from utils.hub import check_access
     from utils.reproducibility import environment
 
@@ -87,11 +89,15 @@ def train(command: CommandLine) -> None:
     packs_config = replace(config.data, packing=packing)
     train_packs = stream.packed(packing) if stream else PackedRows.of(data.train, packs_config)
     eval_packs = PackedRows.of(data.eval, packs_config) if data.eval else None
-    if config.training.gradient_checkpointing:
-        recompute_activations(model)
+    if config.training.gradient_checkpointing != "none":
+        recompute_activations(model, config.training.gradient_checkpointing)
     model = add_adapter(model, config.adapter, revision=config.model.revision)
     parameters = count_parameters(model)
     log.info("%s parameters, of which %s train", f"{parameters['total']:,}", f"{parameters['trainable']:,}")
+    precision = Precision.of(model, autocast=autocast, optim=config.optim)
+    log.info("precision: %s", precision.told())
+    if not shards_weights():  # which may hold weights in float32 of its own accord
+        warn_of_lost_updates(model, config.optim)
 
     metrics = MetricsFile(run.path / "metrics.jsonl")
     answers = Answers(tokenizer, data.eval_conversations, config.evaluation, metrics, run.path / "samples.jsonl")
@@ -105,6 +111,7 @@ def train(command: CommandLine) -> None:
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
         optim=config.optim,
         neftune_alpha=config.training.neftune_alpha,
+        activation_offload=config.training.activation_offload,
         score=SupervisedLoss(label_smoothing=config.training.label_smoothing, z_loss=config.training.z_loss),
         callbacks=[Progress(), metrics, answers],
     )
@@ -121,7 +128,7 @@ def train(command: CommandLine) -> None:
     if eval_packs:
         trainer.evaluate_once()
     run.export(trainer)
-    run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters)
+    run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters, precision=precision.told())
     if config.hub.repo_id and is_main_process():
         publish(run, config.hub)
 

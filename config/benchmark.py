@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     # for the tests: a second on a CPU
     "tiny": _llama(64, 128, 2, 4, 2, vocab_size=512, max_position_embeddings=2048, tie_word_embeddings=True),
     # karpathy/tinyllamas stories15M, with a longer context
-    "llama-15m": _llama(288, 768, 6, 6, 6, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True),
+    "llama-15m": _llama(288, 768, 6, 6, 6, vocab_size=32000, max_position_embeddings=8192, tie_word_embeddings=True),
     # HuggingFaceTB/SmolLM2-135M
     "llama-135m": _llama(576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True),
     # meta-llama/Llama-3.2-1B
@@ -53,7 +53,7 @@ def _at_lengths(**fields: Any) -> tuple[dict[str, Any], ...]:
     return fields | short, fields | long
 
 
-_EIGHT_BILLION = {"model": "llama-8b", "dtype": "bfloat16", "gradient_checkpointing": True}
+_EIGHT_BILLION = {"model": "llama-8b", "dtype": "bfloat16", "gradient_checkpointing": "full"}
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     # for the tests: seconds on a CPU

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config.schema import AdapterConfig, OptimConfig, RunConfig, SourceConfig, TrackingConfig
+from config.schema import AdapterConfig, OptimConfig, RunConfig, SourceConfig, TrackingConfig, TrainingConfig
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
 """Endings that make a source's path local files; any other path is a folder or a Hub data set's id."""
@@ -55,7 +55,8 @@ def check_constraints(config: RunConfig) -> None:
     """
     checks = (_blanks(config), _model(config), _precision(config), _adapter(config.adapter), _data(config))
     problems = [problem for check in checks for problem in check]
-    problems += [*_micro_batches(config), *_optim(config), *_evaluation(config), *_services(config)]
+    problems += [*_activations(config.training), *_micro_batches(config), *_optim(config)]
+    problems += [*_evaluation(config), *_services(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -262,6 +263,14 @@ def _source(source: SourceConfig, name: str) -> Iterator[str]:
     for speaker, role in source.roles.items():
         if role not in SOURCE_ROLES:
             yield f"{name}.roles: {speaker}: {role} is no role; allowed are {', '.join(SOURCE_ROLES)}"
+
+
+def _activations(training: TrainingConfig) -> Iterator[str]:
+    if training.activation_offload and training.gradient_checkpointing == "selective":
+        yield (
+            "training.activation_offload=true would leave what training.gradient_checkpointing=selective keeps on the "
+            "device, which is most of it; use training.gradient_checkpointing=full or none with it, or leave it out"
+        )
 
 
 def _micro_batches(config: RunConfig) -> Iterator[str]:

@@ -35,7 +35,7 @@ config = RunConfig(
         micro_batch_rows=2,
         accumulation_steps=2,
         precision="bf16",
-        gradient_checkpointing=True,
+        gradient_checkpointing="full",
     ),
     evaluation=EvaluationConfig(every_steps=500, micro_batch_rows=2),
     hub=HubConfig(license="llama3.1"),

@@ -33,7 +33,7 @@ config = RunConfig(
         micro_batch_rows=4,
         accumulation_steps=2,
         epochs=3,
-        gradient_checkpointing=True,
+        gradient_checkpointing="full",
     ),
     evaluation=EvaluationConfig(micro_batch_rows=4),
     hub=HubConfig(license="llama3.2"),

@@ -117,8 +117,14 @@ class TrainingConfig:
     """Number format of the matrix products while float32 weights train (autocast). `auto`: bf16 on a GPU that has it,
     float32 elsewhere."""
 
-    gradient_checkpointing: bool = False
-    """Whether activations are computed again in the backward pass, which saves memory for about a third more time."""
+    gradient_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What is computed again in the backward pass, to save memory: `none`; `full`, each decoder layer, of which only
+    the input is kept, for about a third more time; or `selective`, all of a layer but its matrix products and fused
+    attention, whose results are kept."""
+
+    activation_offload: bool = False
+    """Whether activations wait in host memory for the backward pass, on a CUDA GPU. With `gradient_checkpointing=full`
+    only the inputs of layers travel; with `none` all that layers keep does."""
 
     cpu_threads: int | None = limited(None, ge=1)
     """Threads that each process computes with on a CPU, at least 1. None: its share of the cores under

@@ -34,7 +34,7 @@ config = RunConfig(
     training=TrainingConfig(
         # 1 row x 4096 length x 16 accumulation x 1 device = 65,536 tokens/step
         accumulation_steps=16,
-        gradient_checkpointing=True,
+        gradient_checkpointing="full",
     ),
     evaluation=EvaluationConfig(every_steps=200, micro_batch_rows=1),
     hub=HubConfig(license="apache-2.0"),

@@ -229,15 +229,6 @@ def load_model(
     return model
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep only what enters each decoder layer, and compute the rest again in the backward pass.
-
-    Source: arXiv:1604.06174; transformers renamed the switch from gradient to activation checkpointing.
-    """
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    switch(**{f"{switch.__name__.removesuffix('_enable')}_kwargs": {"use_reentrant": False}})
-
-
 def _from_checkpoint(
     config: ModelConfig, settings: PreTrainedConfig, dtype: torch.dtype | str, options: dict[str, Any]
 ) -> PreTrainedModel:

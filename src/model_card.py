@@ -271,7 +271,8 @@ def _training(run: _Run) -> str:
         rows += [("parameters", f"{parameters['trainable']:,} of {parameters['total']:,} train")]
     packing = run.result.get("packing", run.get("data.packing"))
     rows += [("packing", "yes, attention never crosses rows" if packing else "no")]
-    rows += [("precision", f"{run.get('training.precision')}, weights held in {run.get('model.dtype')}")]
+    asked = f"{run.get('training.precision')}, weights held in {run.get('model.dtype')}"
+    rows += [("precision", run.result.get("precision", asked))]
     attention = run.result.get("attention", run.get("model.attention"))
     rows += [("attention", attention), ("seed", str(run.get("training.seed")))]
     if run.base is None:

@@ -82,16 +82,17 @@ class Run:
             )
             raise UserError(f"{self.path / 'model'} could not be written ({error}); {way_out}") from error
 
-    def conclude(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int]) -> None:
+    def conclude(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int], precision: str) -> None:
         """Write result.json and the model card, and say what came of the run.
 
         Args:
             seconds: since the program began.
             parameters: numbers that train and in all.
+            precision: number formats and the bytes of a parameter, in a line.
         """
         if not is_main_process():
             return
-        result = self._result(trainer, seconds=seconds, parameters=parameters)
+        result = self._result(trainer, seconds=seconds) | {"parameters": parameters, "precision": precision}
         self.record("result.json", result)
         write_text(self.path / "README.md", model_card(self.path))
         for name, label in (("loss", "eval loss"), ("exact_match", "exact match")):
@@ -102,7 +103,7 @@ class Run:
         log.info("the result is in %s; try it:", self.path / "model")
         log.info('  python scripts/generate.py %s --prompt "..."', self.path / "model")
 
-    def _result(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int]) -> dict[str, Any]:
+    def _result(self, trainer: Trainer, *, seconds: float) -> dict[str, Any]:
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
         steps = trainer.state.global_step
@@ -111,7 +112,6 @@ class Run:
             "steps": steps,
             "tokens": trainer.state.num_input_tokens_seen,
             "seconds": round(seconds, 1),
-            "parameters": parameters,
             "attention": trainer.model.config._attn_implementation,
             "packing": trainer.train_dataset.packs_rows(),
             "first_loss": losses[0],

@@ -8,6 +8,8 @@ accumulation step. Packs come in an order that depends on the seed alone.
     trainer.train()
 """
 
+import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from config.schema import OptimConfig
+from src.activations import offload_activations
 from src.adapters import count_parameters
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
@@ -89,6 +92,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         optim: OptimConfig | None = None,
         score: SupervisedLoss | None = None,
         neftune_alpha: float | None = None,
+        activation_offload: bool = False,
     ) -> None:
         """
         Args:
@@ -98,6 +102,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             optim: what `args` was made from, of which Muon, LoRA+ and the length of a decay are read. None: defaults.
             score: what is minimized. None: the negative log-likelihood.
             neftune_alpha: size of the noise on embeddings; see `src.noise`.
+            activation_offload: whether activations wait in host memory, of a GPU; see `src.activations`.
         Raises:
             UserError: several GPUs are visible to one process.
         """
@@ -125,6 +130,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self.model_accepts_loss_kwargs = True  # Trainer's word for: the loss is not divided by accumulation again
         self.score = score or SupervisedLoss()
         self.neftune_alpha = neftune_alpha
+        self.activation_offload = activation_offload
         self.checkpoints = CheckpointWriter(Path(args.output_dir), keep=keep_checkpoints)
         self._split = StepSplit(
             rows=args.per_device_train_batch_size,
@@ -219,6 +225,18 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._steps += 1
         self.state.num_input_tokens_seen += int(counts[1])
         return batches, counts[0]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's, both passes of one micro-batch, while activations wait where they are told to."""
+        if not self.activation_offload:
+            return super().training_step(*args, **kwargs)
+        with self._offload:
+            return super().training_step(*args, **kwargs)
+
+    @functools.cached_property
+    def _offload(self) -> contextlib.AbstractContextManager:
+        """Made at the first step: parameters, which stay on the device, are where they will be then."""
+        return offload_activations(self.model)
 
     def compute_loss(
         self,

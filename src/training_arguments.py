@@ -10,6 +10,7 @@ import torch
 from transformers.training_args import TrainingArguments
 
 from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
+from src.activations import check_offload
 from src.optim import check_installed, optimizer_arguments
 from utils.distributed import accelerator_name
 from utils.errors import UserError
@@ -51,7 +52,8 @@ def training_arguments(
         autocasts: whether `training.precision` applies; false for weights that are held in float64 or float16.
         resumes: whether the run goes on from a checkpoint, and so is not evaluated before its first step.
     Raises:
-        UserError: the precision or the optimizer is not to be had on this machine, or a tracker is not installed.
+        UserError: the precision, the offload or the optimizer is not to be had on this machine, or a tracker is not
+            installed.
     """
     for tracker in tracking.report_to:
         if importlib.util.find_spec(tracker) is None:
@@ -59,6 +61,8 @@ def training_arguments(
                 f"tracking.report_to names {tracker}, which is not installed; run `pip install {tracker}` (see "
                 "requirements/tracking.txt), or leave it out"
             )
+    if training.activation_offload:
+        check_offload()
     bf16, fp16 = uses_autocast(training.precision) if autocasts else (False, False)
     args = TrainingArguments(
         output_dir=str(folder),

@@ -139,6 +139,7 @@ def build(
     precision="float32",
     save_every=None,
     callbacks=(),
+    offload=False,
 ):
     """The project's trainer on the device."""
     args = training_arguments(
@@ -157,7 +158,14 @@ def build(
     )
     assert args.device.type == DEVICE.type
     packs = PackedRows(rows or uneven_rows(), max_length=LENGTH, packing=packing)
-    return SFTTrainer(model=model, args=args, tokenizer=small_tokenizer(), train_packs=packs, callbacks=callbacks)
+    return SFTTrainer(
+        model=model,
+        args=args,
+        tokenizer=small_tokenizer(),
+        train_packs=packs,
+        callbacks=callbacks,
+        activation_offload=offload,
+    )
 
 
 def losses_of(trainer):

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from src import kernels
+from src.activations import recompute_activations
 from src.attention import DOCUMENTS, UnknownArgumentError, attend_documents, border_arguments, register_documents
 from src.attention_choice import check_documents_apart, prove_attention, takes_borders, use_attention
 from src.kernels import attend_fused, attend_plainly
-from src.model import recompute_activations
 from tests.tiny_run import ARCHITECTURE, run_train, write_recipe
 from utils.errors import UserError
 

@@ -156,6 +156,7 @@ def test_python_recipe_without_a_usable_config_is_refused_with_its_line(tmp_path
         ("data.packing", "1", "true or false"),
         ("data.packing", '"true"', "true or false"),
         ("hub.license", "3", "text, or null"),
+        ("training.gradient_checkpointing", "true", "one of none, full, selective"),
         ("data.too_long", "cut", "one of auto, drop, truncate, split, error"),
         ("tracking.report_to", "wandb", "a list, each item one of trackio, tensorboard, wandb"),
         ("tracking.report_to", "[mlflow]", "one of trackio, tensorboard, wandb"),

@@ -75,6 +75,11 @@ def check(text, options):
         ),
         (
             VALID,
+            "--training.activation_offload True --training.gradient_checkpointing selective",
+            ["training.activation_offload=true", "training.gradient_checkpointing=selective", "use", "full or none"],
+        ),
+        (
+            VALID,
             "--optim.warmup_steps 1 --optim.warmup_fraction 0.1",
             ["optim.warmup_steps=1", "optim.warmup_fraction"],
         ),

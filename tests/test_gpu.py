@@ -4,6 +4,7 @@ pytest -m gpu tests/test_gpu.py                       on a machine with a CUDA d
 GPU_TESTS_ON_CPU=1 pytest -m gpu tests/test_gpu.py    the same checks on a CPU, but for those of GPU memory
 """
 
+import contextlib
 import itertools
 import json
 
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from config.schema import AdapterConfig
+from src.activations import offload_activations, recompute_activations
 from src.adapters import add_adapter
 from src.attention_choice import check_documents_apart
 from src.loss import SupervisedLoss, supervised_nll
-from src.model import recompute_activations
 from src.packing import IGNORED, PackCollator, PackedRows
 from tests.gpu_runs import (
     DEVICE,
@@ -103,46 +104,96 @@ def test_adamw_is_fused_and_steps_as_written_out_by_hand(tmp_path):
 
 def test_gradient_checkpointing_computes_twice_and_changes_nothing(tmp_path):
     found = {}
-    for checkpointing in (False, True):
+    for kind in ("none", "full", "selective"):
         calls = []
         model = small_model(num_hidden_layers=6)
-        if checkpointing:
-            recompute_activations(model)
+        if kind != "none":
+            recompute_activations(model, kind)
         trainer = build(tmp_path, model, packing=False, optimizer="sgd", rate=0.1, steps=3, micro=4)
         # On entry: what is computed again ends with the last number that the backward pass needs, before the exit.
         model.model.layers[0].mlp.register_forward_pre_hook(
             lambda layer, _, calls=calls: calls.append(1) if layer.training else None  # not when the loss is proved
         )
         trainer.train()
-        found[checkpointing] = (len(calls), losses_of(trainer), weights_of(model))
-    calls, losses, weights = found[False]
-    again_calls, again_losses, again_weights = found[True]
+        found[kind] = (len(calls), losses_of(trainer), weights_of(model))
+    calls, losses, weights = found.pop("none")
     assert calls == 3 * 2
-    assert again_calls == 2 * calls
-    np.testing.assert_allclose(again_losses, losses, rtol=1e-6)
-    assert difference(again_weights, weights) <= 1e-6
+    for again_calls, again_losses, again_weights in found.values():
+        assert again_calls == 2 * calls
+        np.testing.assert_allclose(again_losses, losses, rtol=1e-6)
+        assert difference(again_weights, weights) <= 1e-6
+
+
+def activation_peak(kind, *, offload=False):
+    """Most bytes that a forward and a backward pass take beside weights and gradients."""
+    # Of each token and layer some 3,000 numbers are kept: 4,096 x 6 x 3,000 x 4 bytes = 295 MB, or those of one layer,
+    # 49 MB, with the 6 x 2 MB that enter the layers.
+    model = small_model(num_hidden_layers=6, max_position_embeddings=1024).to(DEVICE)
+    if kind != "none":
+        recompute_activations(model, kind)
+    waiting = offload_activations(model) if offload else contextlib.nullcontext()
+    ids = torch.randint(3, 256, (4, 1024), device=DEVICE)
+    places = torch.arange(1024, device=DEVICE).expand_as(ids)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": places}
+
+    def work():
+        with waiting:
+            supervised_nll(model, batch)[0].sum().backward()
+
+    work()  # gradients exist, and kernels have their workspaces
+    return peak_memory(work)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="memory is counted by the CUDA allocator")
 def test_gradient_checkpointing_keeps_a_fraction_of_the_activations():
-    peaks = {}
-    for checkpointing in (False, True):
-        # Of each token and layer some 3,000 numbers are kept: 4,096 x 6 x 3,000 x 4 bytes = 295 MB, or those of one
-        # layer, 49 MB, with the 6 x 2 MB that enter the layers.
-        model = small_model(num_hidden_layers=6, max_position_embeddings=1024).to(DEVICE)
-        if checkpointing:
-            recompute_activations(model)
-        ids = torch.randint(3, 256, (4, 1024), device=DEVICE)
-        places = torch.arange(1024, device=DEVICE).expand_as(ids)
-        batch = {"input_ids": ids, "labels": ids, "position_ids": places}
+    peaks = {kind: activation_peak(kind) for kind in ("none", "selective", "full")}
+    assert peaks["none"] > 100 * 2**20
+    assert peaks["full"] < 0.5 * peaks["none"]
+    assert peaks["full"] < peaks["selective"] < peaks["none"]
 
-        def work(model=model, batch=batch):
-            supervised_nll(model, batch)[0].sum().backward()
 
-        work()  # gradients exist, and kernels have their workspaces
-        peaks[checkpointing] = peak_memory(work)
-    assert peaks[False] > 100 * 2**20
-    assert peaks[True] < 0.5 * peaks[False]
+@pytest.mark.skipif(not HAS_GPU, reason="memory is counted by the CUDA allocator")
+def test_offloaded_activations_leave_the_device():
+    # The five tensors that were copied last may still be there; one of 4,096 x 256 numbers is 4 MB.
+    assert activation_peak("none", offload=True) < 0.5 * activation_peak("none")
+    assert activation_peak("full", offload=True) < activation_peak("full")
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="activations are offloaded from a GPU")
+@pytest.mark.parametrize("kind", ["none", "full"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_offloaded_activations_come_back_as_they_were(tmp_path, kind, precision, lora):
+    # Copies change no bit; backward passes add up with atomics, in an order of their own.
+    bound = {"float32": 1e-5, "bf16": 1e-3}[precision]
+    found = []
+    for offload in (False, True):
+        model = small_model(attention="documents", attention_dropout=0.1)
+        if kind != "none":
+            recompute_activations(model, kind)
+        if lora:
+            torch.manual_seed(4)
+            model = add_adapter(model, AdapterConfig(kind="lora", rank=8, dropout=0.1))
+        torch.manual_seed(5)
+        options = {"optimizer": "sgd", "rate": 0.1, "precision": precision, "offload": offload}
+        trainer, losses = run(tmp_path, model, **options)
+        found.append((losses, weights_of(trainer.model)))
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=bound)
+    assert difference(found[1][1], found[0][1]) <= bound
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_attention_in_documents_is_kept_or_computed_again_under_bf16(tmp_path, kind):
+    # Its kernel adds up the gradients of queries with atomics, at bf16's 8 bits.
+    found = []
+    for recomputes in (False, True):
+        model = small_model(attention="documents")
+        if recomputes:
+            recompute_activations(model, kind)
+        trainer, losses = run(tmp_path, model, optimizer="sgd", rate=0.1, precision="bf16")
+        found.append((losses, weights_of(trainer.model)))
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-3)
+    assert difference(found[1][1], found[0][1]) <= 1e-3
 
 
 def adapter_weights(model):
@@ -175,11 +226,11 @@ def test_lora_changes_its_own_weights_alone(tmp_path, precision):
     check_only_the_adapter_learns(build(tmp_path, model, precision=precision, rate=1e-2, steps=30))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_lora_beside_nf4_weights_changes_its_own_weights_alone(tmp_path, checkpointing):
+@pytest.mark.parametrize("kind", ["none", "full", "selective"])
+def test_lora_beside_nf4_weights_changes_its_own_weights_alone(tmp_path, kind):
     model = nf4_model(tmp_path, pytest.importorskip("bitsandbytes"))
-    if checkpointing:
-        recompute_activations(model)
+    if kind != "none":
+        recompute_activations(model, kind)
     model = add_adapter(model, AdapterConfig(kind="lora", rank=8))
     check_only_the_adapter_learns(build(tmp_path, model, precision="bf16", rate=1e-2, steps=30))
 

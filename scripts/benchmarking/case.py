@@ -37,7 +37,9 @@ class Case:
     accumulation_steps: int = _option(1, "micro-batches to an optimizer step")
     steps: int = _option(10, "optimizer steps that are measured")
     warmup_steps: int = _option(3, "optimizer steps before those, which are not")
-    gradient_checkpointing: bool = _option(False, "whether activations are computed again in the backward pass")
+    gradient_checkpointing: Literal["none", "full", "selective"] = _option(
+        "none", "what is computed again in the backward pass, as in training.gradient_checkpointing"
+    )
     dtype: str = _option("auto", "format the weights are held in; auto: float32 for full, bfloat16 for the others")
     precision: str = _option("auto", "format of the matrix products, as in training.precision")
     rank: int = _option(16, "rank of the LoRA matrices, on every linear layer but the head")
@@ -80,6 +82,6 @@ class Case:
         parts = [f"{self.model} {self.method}", batch, f"{self.rows} rows"]
         if self.supervised is not None:
             parts.append(f"{self.supervised:.0%} supervised")
-        if self.gradient_checkpointing:
-            parts.append("gradient checkpointing")
+        if self.gradient_checkpointing != "none":
+            parts.append(f"{self.gradient_checkpointing} gradient checkpointing")
         return ", ".join(parts)

@@ -156,6 +156,6 @@ def _unsloth_model(case: Case, weights: Path) -> PreTrainedModel:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=layers,
-        use_gradient_checkpointing="unsloth" if case.gradient_checkpointing else False,
+        use_gradient_checkpointing="unsloth" if case.gradient_checkpointing != "none" else False,
         random_state=case.seed,
     )

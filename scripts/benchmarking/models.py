@@ -16,9 +16,10 @@ from config.benchmark import SHAPES
 from config.schema import AdapterConfig, EvaluationConfig, ModelConfig, OptimConfig, TrackingConfig, TrainingConfig
 from scripts.benchmarking.case import Case
 from scripts.benchmarking.rows import FIRST_ID
+from src.activations import recompute_activations
 from src.adapters import add_adapter
 from src.attention_choice import prove_attention
-from src.model import load_model, load_settings, recompute_activations
+from src.model import load_model, load_settings
 from src.training_arguments import training_arguments, uses_autocast
 from utils.distributed import accelerator_name
 from utils.errors import UserError
@@ -86,8 +87,8 @@ def build_model(case: Case, weights: Path, *, attention: str = "auto") -> PreTra
         model, attention, packing=True, device=device, autocast=autocast_dtype(case)
     ):
         raise UserError(f"model={case.model} does not keep the documents of a pack apart; give another shape")
-    if case.gradient_checkpointing:
-        recompute_activations(model)
+    if case.gradient_checkpointing != "none":
+        recompute_activations(model, case.gradient_checkpointing)
     torch.manual_seed(case.seed)  # of the adapter's weights
     return add_adapter(model, adapter_config(case))
 

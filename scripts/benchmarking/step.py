@@ -39,19 +39,12 @@ TRIAL_STEPS = {"warmup_steps": 2, "steps": 3}
 """Steps of a trial that tells which attention is the best for TRL."""
 
 
-def truth(text: str) -> bool:
-    """true or false, as YAML has them."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-    return text.lower() == "true"
-
-
 def add_case_options(parser: argparse._ArgumentGroup) -> None:
     """One option for each field of a case, without a default, so that what was given can be told."""
     for part in dataclasses.fields(Case):
         choices = get_args(part.type) if get_origin(part.type) is Literal else None
         several = {"nargs": "+", "type": float} if part.name == "supervised" else {}
-        kind = truth if part.type is bool else str if choices else part.type
+        kind = str if choices else part.type
         parser.add_argument(
             f"--{part.name}",
             **{"type": kind, "choices": choices, "default": argparse.SUPPRESS, "help": part.metadata["help"]} | several,
