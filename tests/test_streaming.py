@@ -135,7 +135,7 @@ def test_the_order_does_not_depend_on_the_layout(tmp_path, limit):
     config = stream_config(tmp_path, packing=False)
     alone = StreamFeed(stream_of(config), StepSplit(**limit, accumulation_steps=4), seed=3, steps=9)
     expected = fed(alone, 36)
-    assert alone.place.epoch > 0
+    assert alone.mark.place.epoch > 0
     for processes in (2, 4):
         shares = []
         for process in range(processes):
@@ -154,7 +154,8 @@ def test_a_stream_goes_on_exactly_from_any_step(tmp_path, limit):
     batches = iter(feed)
     for _ in range(30):
         states.append(json.dumps(feed.state()))
-        places.add((feed.place.epoch, feed.place.window, bool(feed.place.left_over)))
+        place = feed.mark.place
+        places.add((place.epoch, place.window, bool(place.left_over)))
         list(islice(batches, 2))
     assert {epoch for epoch, _, _ in places} >= {0, 1, 2}
     assert any(left_over for _, _, left_over in places), "the case needs rows that are kept for a next window"
