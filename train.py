@@ -124,7 +124,7 @@ def train(command: CommandLine) -> None:
 
     trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     if stream:  # what became of its rows is known only now
-        run.record("data.json", train_packs.report(data.report, trainer.feed.tallies) | packs)
+        run.record("data.json", train_packs.report(data.report, trainer.feed.mark.tallies) | packs)
     if eval_packs:
         trainer.evaluate_once()
     run.export(trainer)

@@ -34,7 +34,8 @@ _WITHOUT_EFFECT = frozenset(
 """Arguments of models that reach attention and say nothing about its result."""
 
 _numbers = WeakTensorKeyDictionary()
-"""Borders that were read from the device, by their tensor: once for all layers, as reading waits for the device."""
+"""Borders as numbers of the host, by their tensor on a device: told, or else read once for all layers, as reading waits
+for the device."""
 
 
 class UnknownArgumentError(UserError):
@@ -55,6 +56,15 @@ def border_arguments(borders: torch.Tensor, longest: int) -> dict[str, torch.Ten
         longest: tokens in the longest document. A number of the host, so that no kernel waits for the device.
     """
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
+def tell_borders(borders: torch.Tensor, numbers: list[int]) -> None:
+    """Spare an attention without the variable-length kernel the wait for borders that the host knows.
+
+    Args:
+        borders: on a device, as `border_arguments` is then given them.
+    """
+    _numbers[borders] = numbers
 
 
 def documents_mask(*, q_length: int, kv_length: int, **arguments: Any) -> torch.Tensor | None:

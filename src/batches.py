@@ -13,7 +13,7 @@ accumulation steps.
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from src.packing import FILLER, PackedRows
+from utils.ahead import Halt
 
 SORTED_TOGETHER = 32
 """Micro-batches' worth of packs that are sorted by length together, though never more than a quarter of all. The more
@@ -121,14 +122,35 @@ class PackFeed(IterableDataset):
         start = self._ends[epoch - 1] if epoch else 0
         return epoch + (step - start) / (self._ends[epoch] - start)
 
+    def stand_at(self, mark: int) -> None:
+        """Note the steps that were taken."""
+        self._step = mark
+
+    def steps_left(self) -> int:
+        """Steps from where the feed stands to the end of the run."""
+        return max(0, self.steps - self._step)
+
     def __iter__(self) -> Iterator[Packs]:
-        epoch = self._epoch_of(self._step)
-        step = self._step - (self._ends[epoch - 1] if epoch else 0)
+        for micro_batches, _ in self.marked_steps():
+            yield from micro_batches
+
+    def marked_steps(self, halt: Halt | None = None) -> Generator[tuple[list[Packs], int], None, None]:
+        """This process's micro-batches, step by step from where the feed stands, without end.
+
+        Args:
+            halt: not needed, as no step takes long to make.
+        Returns:
+            A step's micro-batches, and the mark that `stand_at` takes once they train: how many steps that makes.
+        """
+        done = self._step
+        epoch = self._epoch_of(done)
+        step = done - (self._ends[epoch - 1] if epoch else 0)
         while True:
             batches = self.epoch(epoch)
             for first in range(step * self.split.micro_batches, len(batches), self.split.micro_batches):
-                for batch in self.split.share(batches[first : first + self.split.micro_batches]):
-                    yield [self.packs[index] for index in batch]
+                share = self.split.share(batches[first : first + self.split.micro_batches])
+                done += 1
+                yield [[self.packs[index] for index in batch] for batch in share], done
             epoch, step = epoch + 1, 0
 
     def epoch(self, number: int) -> list[list[int]]:

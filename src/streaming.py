@@ -6,14 +6,16 @@
         batch = collator(packs)
 
 A window of rows is read, rendered, tokenized and packed, and its packs are given in an order by seed, epoch and window;
-then the next one is. What was left in packs that could not be filled goes into the next window. Nothing is written, and
-no more than two windows are held. Each process reads the whole stream and takes its own share of every step, so the
-order does not depend on how many they are. Where it stands is saved with each checkpoint; a resumed run reads its
-sources again up to there, without tokenizing what comes before.
+a run has the next one made meanwhile. What was left in packs that could not be filled goes into the next window.
+Nothing is written, and no more than two windows are held. Each process reads the whole stream and takes its own share
+of every step, so the order does not depend on how many they are. Where it stands is saved with each checkpoint; a
+resumed run reads its sources again up to there, without tokenizing what comes before.
 """
 
+import contextlib
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from src.mixing import rows_of_a_window
 from src.packing import best_fit_bins
 from src.preparation import OpenSource, Preparation
 from src.sources import Row
+from utils.ahead import Ahead, Halt
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -104,22 +107,26 @@ class RowStream:
         """Whether some rows share a pack."""
         return self.config.packing
 
-    def windows(self, place: Place) -> Iterator[tuple[Place, Packs, Place]]:
+    def windows(
+        self, place: Place, check: Callable[[], None] = lambda: None
+    ) -> Generator[tuple[Place, Packs, Place], None, None]:
         """The packs of each window from `place` on, with the place before and after it; without end.
 
+        Args:
+            check: called for every row that is read or prepared; what it raises ends the work.
         Raises:
             ContractError: more of the first window's rows have a defect than may have it.
             UserError: a whole epoch gives no row to train on, or as reading and preparing rows do.
         """
         while True:
             readers = [
-                itertools.islice(self._rows(source, given.epochs), read, None)
+                itertools.islice(_checked(self._rows(source, given.epochs), check), read, None)
                 for source, given, read in zip(self.sources, self.config.train, place.rows_read, strict=True)
             ]
             ended = False
             while not ended:
                 drawn, ended = self._draw(readers, place.window)
-                tallies, rows = self._prepared(drawn, place.tallies)
+                tallies, rows = self._prepared(drawn, place.tallies, check)
                 packs, left_over = self._packed(place.left_over, rows, keeps=not ended)
                 read = tuple(before + len(own) for before, own in zip(place.rows_read, drawn, strict=True))
                 if place.epoch > 0:
@@ -160,14 +167,14 @@ class RowStream:
         return [rows[: round(share * count)] for rows, count in zip(drawn, wanted, strict=True)], share < 1
 
     def _prepared(
-        self, drawn: Sequence[Sequence[Row]], before: Sequence[Tally]
+        self, drawn: Sequence[Sequence[Row]], before: Sequence[Tally], check: Callable[[], None]
     ) -> tuple[tuple[Tally, ...], list[TokenArrays]]:
         """The rows that are trained of those that were drawn, and each source's counts with these."""
         tallies, kept = [], []
         for source, rows, counts in zip(self.sources, drawn, before, strict=True):
             tallies.append(Tally())
             tallies[-1].add(counts)
-            for batch, encoded in self.preparation.encoded(source, iter(rows)):
+            for batch, encoded in self.preparation.encoded(source, _checked(rows, check)):
                 tally = batch.tallies["train"]
                 for row in tally.keep(encoded, self.config):
                     kept.append((np.array(row.input_ids, dtype=np.int32), np.array(row.labels, dtype=np.int32)))
@@ -229,6 +236,8 @@ def stream_datasets(
     Raises:
         UserError: a source, template or length is not right; it says what was found and what to change.
     """
+    # A copy: the model's own tokenizer is told to pad when answers are made, and a window may be tokenized meanwhile.
+    tokenizer = copy.deepcopy(tokenizer)
     digests = known_digests(cache_folder)
     sources, encoder = open_sources(config, tokenizer, context_length, digests)
     at_hand = [source for source in sources if source.side == "eval"]
@@ -245,12 +254,32 @@ def stream_datasets(
     return stream, data
 
 
+def _checked(rows: Iterable[Row], check: Callable[[], None]) -> Iterator[Row]:
+    for row in rows:
+        check()
+        yield row
+
+
 def _pack(rows: Sequence[TokenArrays]) -> dict[str, np.ndarray]:
     return {
         "input_ids": np.concatenate([ids for ids, _ in rows]),
         "labels": np.concatenate([labels for _, labels in rows]),
         "lengths": np.array([len(ids) for ids, _ in rows], dtype=np.int64),
     }
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a feed stands after a step.
+
+    `place` is that before the window of the step's last pack, of which `given` micro-batches' worth of packs were given
+    so far; `tallies` are the counts of each source's rows in the first epoch, as far as they were read for it.
+    """
+
+    step: int
+    given: int
+    place: Place
+    tallies: tuple[Tally, ...]
 
 
 class StreamFeed(IterableDataset):
@@ -269,10 +298,8 @@ class StreamFeed(IterableDataset):
         self.split = split
         self.seed = seed
         self.steps = steps
-        self.place = stream.start
-        self.tallies = stream.start.tallies
-        """The counts of each source's rows in the first epoch, as far as they were read."""
-        self._step = self._given = self._target = 0
+        self.mark = self._start = Mark(0, 0, stream.start, stream.start.tallies)
+        self._target = 0
 
     def __len__(self) -> int:
         """Micro-batches of this process in the whole run."""
@@ -280,47 +307,73 @@ class StreamFeed(IterableDataset):
 
     def go_to(self, step: int) -> None:
         """Choose the step, from 0, that is fed next; the steps between are read and left out."""
-        if step < self._step:
-            self.place, self._step, self._given = self.stream.start, 0, 0
+        if step < self.mark.step:
+            self.mark = self._start
         self._target = step
+
+    def stand_at(self, mark: Mark) -> None:
+        """Note the step that was taken last."""
+        self.mark = mark
+
+    def steps_left(self) -> int:
+        """Steps from the one that is fed next to the end of the run."""
+        return max(0, self.steps - max(self._target, self.mark.step))
 
     def epoch_at(self, step: int) -> float:
         """Epochs that were begun before the present one; how much of it is done is not known."""
-        return float(self.place.epoch)
+        return float(self.mark.place.epoch)
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` needs to go on after the step that was fed last, as plain JSON."""
-        tallies = [tally.as_json() for tally in self.tallies]
-        return {"step": self._step, "given": self._given, "place": self.place.as_json(), "tallies": tallies}
+        """What `load_state` needs to go on after the step that was taken last, as plain JSON."""
+        mark = self.mark
+        tallies = [tally.as_json() for tally in mark.tallies]
+        return {"step": mark.step, "given": mark.given, "place": mark.place.as_json(), "tallies": tallies}
 
     def load_state(self, content: dict[str, Any]) -> None:
         """Go to where another feed was when it told its state."""
-        self._step, self._given = content["step"], content["given"]
-        self.place = Place.of_json(content["place"])
-        self.tallies = tuple(Tally.of_json(tally) for tally in content["tallies"])
+        tallies = tuple(Tally.of_json(tally) for tally in content["tallies"])
+        self.mark = Mark(content["step"], content["given"], Place.of_json(content["place"]), tallies)
 
     def __iter__(self) -> Iterator[Packs]:
-        units = self._units()
-        together = 1 if self.split.tokens is not None else self.split.rows
-        while True:
-            step = [
-                [pack for unit in itertools.islice(units, together) for pack in unit]
-                for _ in range(self.split.micro_batches)
-            ]
-            self._step += 1
-            if self._step > self._target:
-                yield from self.split.share(step)
+        for step, mark in self.marked_steps():
+            self.stand_at(mark)
+            yield from step
 
-    def _units(self) -> Iterator[Packs]:
-        """What micro-batches are made of, in order: single packs, or with a limit of tokens, micro-batches."""
-        given = self._given
-        for place, packs, after in self.stream.windows(self.place):
-            self.place, self.tallies = place, after.tallies
-            random = np.random.default_rng([self.seed, place.epoch, place.window])
-            lengths = np.array([len(pack["input_ids"]) for pack in packs], dtype=np.int64)
-            units = micro_batches(lengths, replace(self.split, rows=1), random) if packs else []
-            for unit in units[given:]:
-                given += 1
-                self._given = given
-                yield [packs[index] for index in unit]
-            given = 0
+    def marked_steps(self, halt: Halt | None = None) -> Generator[tuple[list[Packs], Mark], None, None]:
+        """This process's micro-batches, step by step from where the feed stands, without end.
+
+        Args:
+            halt: what ends the thread that makes a window while the packs of the one before are given. None: a window
+                is made when it is asked for.
+        Returns:
+            A step's micro-batches, and the mark that `stand_at` takes once they train.
+        """
+        done, target = self.mark.step, self._target
+        together = 1 if self.split.tokens is not None else self.split.rows
+        with contextlib.closing(self._units(self.mark, halt)) as units:
+            while True:
+                step = []
+                for _ in range(self.split.micro_batches):
+                    drawn = list(itertools.islice(units, together))
+                    step.append([pack for packs, *_ in drawn for pack in packs])
+                done += 1
+                if done > target:
+                    _, given, place, tallies = drawn[-1]
+                    yield list(self.split.share(step)), Mark(done, given, place, tallies)
+
+    def _units(
+        self, mark: Mark, halt: Halt | None
+    ) -> Generator[tuple[Packs, int, Place, tuple[Tally, ...]], None, None]:
+        """What micro-batches are made of, in order: single packs, or with a limit of tokens, micro-batches; and of the
+        mark after each all but the step."""
+        given = mark.given
+        made = self.stream.windows(mark.place, halt.check if halt else lambda: None)
+        with contextlib.closing(Ahead(made, halt) if halt else made) as windows:
+            for place, packs, after in windows:
+                random = np.random.default_rng([self.seed, place.epoch, place.window])
+                lengths = np.array([len(pack["input_ids"]) for pack in packs], dtype=np.int64)
+                units = micro_batches(lengths, replace(self.split, rows=1), random) if packs else []
+                for unit in units[given:]:
+                    given += 1
+                    yield [packs[index] for index in unit], given, place, after.tallies
+                given = 0

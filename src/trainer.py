@@ -27,12 +27,14 @@ from transformers.training_args import TrainingArguments
 from config.schema import OptimConfig
 from src.activations import offload_activations
 from src.adapters import count_parameters
+from src.attention import tell_borders
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
 from src.loss import SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
+from src.steps import Batch, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter
 from utils.errors import UserError
@@ -43,6 +45,11 @@ log = get_logger(__name__)
 
 STREAM = "stream.json"
 """A checkpoint's file that says where the stream of rows stands."""
+
+
+def _whole(step: ReadyStep) -> ReadyStep:
+    """A step as it was made ready: what torch's DataLoader would collate is collated."""
+    return step
 
 
 class _FeedPlace(TrainerCallback):
@@ -139,10 +146,12 @@ class SFTTrainer(OptimizerHooks, Trainer):
             processes=args.world_size,
             process=args.process_index,
         )
-        self.feed: PackFeed | StreamFeed | None = None  # made when training begins
+        self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
+        self._ready: ReadySteps | None = None  # reads the feed ahead of that
         self.add_callback(_FeedPlace(self))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # supervised, all; since the last log
+        self._tokens_unseen = torch.zeros((), dtype=torch.int64, device=args.device)  # of which the state knows nothing
         self._tokens_since = time.perf_counter()
         # Trainer adds up losses in float32, which is coarser than what is compared here.
         wide = torch.float32 if args.device.type == "mps" else torch.float64
@@ -166,7 +175,12 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self.args.max_steps = self.feed.steps
         if isinstance(self.feed, StreamFeed) and resume_from_checkpoint:
             self.feed.load_state(json.loads((Path(resume_from_checkpoint) / STREAM).read_text(encoding="utf-8")))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._ready = self._new_steps()
+        self._tokens_unseen.zero_()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._ready.close()
 
     def _new_meter(self) -> Meter:
         """What tells the share of the device's matrix rate, where nothing parts the weights over processes."""
@@ -184,14 +198,22 @@ class SFTTrainer(OptimizerHooks, Trainer):
         epochs = self.args.num_train_epochs
         return PackFeed(self.train_dataset, self._split, seed=seed, epochs=epochs, max_steps=max_steps)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches of this process, each step's once it begins; none is prepared by Accelerate, which would split
-        them over processes a second time."""
-        return DataLoader(
+    def _new_steps(self) -> ReadySteps:
+        return ReadySteps(
             self.feed,
+            self.data_collator,
+            functools.partial(self.meter.count, pad_id=self.data_collator.pad_token_id),
+            device=self.args.device,
+            pins=self.args.dataloader_pin_memory,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Steps of this process's micro-batches, each made while those before train; none is prepared by Accelerate,
+        which would split them over processes a second time. Its length is in micro-batches, as Trainer needs it."""
+        return DataLoader(
+            self._ready,
             batch_size=None,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
+            collate_fn=_whole,
             generator=torch.Generator(),  # else each iterator draws from the generator that dropout is drawn from
         )
 
@@ -210,6 +232,9 @@ class SFTTrainer(OptimizerHooks, Trainer):
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """The micro-batches of one optimizer step, and the supervised tokens of all processes' together.
 
+        Nothing here waits for the device: what is on the host is copied from pinned memory, and how many tokens the
+        processes have together stays on the device until a line is logged or a checkpoint saved.
+
         None are left for a run that goes on from its last step: Trainer alone would take one more.
         """
         if self.state.global_step >= self.state.max_steps:
@@ -217,13 +242,16 @@ class SFTTrainer(OptimizerHooks, Trainer):
             return [], torch.zeros((), dtype=torch.int64, device=device)
         if self._steps == 0:
             self._tokens_since = time.perf_counter()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counted = [self.meter.add(batch, self.data_collator.pad_token_id) for batch in batches]
-        batches = [send_to_device(batch, device, non_blocking=True) for batch in batches]
-        counts = self.accelerator.reduce(torch.tensor(counted, device=device).sum(dim=0), reduction="sum")
+        step: ReadyStep = next(epoch_iterator)
+        assert len(step.batches) == num_batches, "a run has whole steps only"
+        self.feed.stand_at(step.mark)
+        for counted in step.counted:
+            self.meter.add(counted)
+        batches = [self._on_device(batch) for batch in step.batches]
+        counts = self.accelerator.reduce(send_to_device(step.counts, device, non_blocking=True), reduction="sum")
         self._tokens += counts
+        self._tokens_unseen += counts[1]
         self._steps += 1
-        self.state.num_input_tokens_seen += int(counts[1])
         return batches, counts[0]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -237,6 +265,17 @@ class SFTTrainer(OptimizerHooks, Trainer):
     def _offload(self) -> contextlib.AbstractContextManager:
         """Made at the first step: parameters, which stay on the device, are where they will be then."""
         return offload_activations(self.model)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        moved = send_to_device(batch, self.args.device, non_blocking=True)
+        if self.args.device.type != "cpu":
+            tell_borders(moved["document_borders"], batch["document_borders"].tolist())
+        return moved
+
+    def _update_tokens_seen(self) -> None:
+        """Bring the state's tokens up to date, for which the device is waited for."""
+        self.state.num_input_tokens_seen += int(self._tokens_unseen)
+        self._tokens_unseen.zero_()
 
     def compute_loss(
         self,
@@ -285,6 +324,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with the loss unrounded, and the speed since the last training line, over all processes."""
+        self._update_tokens_seen()
         if "loss" in logs:
             self.stop_unless_finite()
             means = self.accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)
@@ -331,6 +371,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """A checkpoint that is complete or absent."""
         self.stop_unless_finite()
+        self._update_tokens_seen()
         with self.checkpoints.writing(self.state.global_step, main=self.args.should_save):
             super()._save_checkpoint(model, trial)
             if isinstance(self.feed, StreamFeed) and self.args.should_save:

@@ -138,6 +138,7 @@ def build(
     rate=1e-3,
     precision="float32",
     save_every=None,
+    log_every=1,
     callbacks=(),
     offload=False,
 ):
@@ -149,7 +150,7 @@ def build(
             max_steps=steps,
             micro_batch_rows=micro,
             accumulation_steps=accumulation,
-            log_every_steps=1,
+            log_every_steps=log_every,
             save_every_steps=save_every,
             precision=precision,
         ),

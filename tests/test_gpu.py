@@ -7,10 +7,13 @@ GPU_TESTS_ON_CPU=1 pytest -m gpu tests/test_gpu.py    the same checks on a CPU, 
 import contextlib
 import itertools
 import json
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from config.schema import AdapterConfig
 from src.activations import offload_activations, recompute_activations
@@ -318,6 +321,33 @@ def test_logits_are_never_stored_whole(supervised_share):
         logits = 4 * length * vocabulary
         assert peaks[2**40] > 1.5 * logits  # so that the comparison is about logits
         assert peaks[0] < peaks[2**40] - logits
+
+
+class WarnOfWaits(TrainerCallback):
+    """From the end of step 2 to that of step 6, has torch warn where the process waits for the device."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if HAS_GPU and state.global_step in (2, 6):
+            torch.cuda.set_sync_debug_mode("warn" if state.global_step == 2 else "default")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_step_between_two_lines_of_the_log_waits_for_the_device_in_transformers_alone(tmp_path, precision, adapter):
+    model = add_adapter(small_model(attention="documents"), AdapterConfig(kind=adapter, rank=8))
+    options = {"precision": precision, "steps": 8, "log_every": 8}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            trainer, losses = run(tmp_path, model, callbacks=[WarnOfWaits()], **options)
+        finally:
+            if HAS_GPU:
+                torch.cuda.set_sync_debug_mode("default")
+    assert len(losses) == 2
+    assert trainer.state.num_input_tokens_seen > 0
+    # Whether rows hold several documents, once a micro-batch: IN_LIBRARIES of tests/test_steps.py.
+    waits = {Path(one.filename).name for one in told if "synchroniz" in str(one.message)}
+    assert waits <= {"masking_utils.py"}
 
 
 def test_a_run_from_scratch_learns_under_bf16_autocast(tmp_path):

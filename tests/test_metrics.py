@@ -12,7 +12,7 @@ from src.adapters import add_adapter, count_parameters
 from src.loss import supervised_nll
 from src.packing import IGNORED
 from tests.tiny_run import metrics_of, run_train, write_recipe
-from utils.metrics import Meter, Work, matrix_rate, peak_memory, work_of
+from utils.metrics import Counted, Meter, Work, matrix_rate, peak_memory, work_of
 
 
 def flops_counted_by_torch(model, batch):
@@ -78,10 +78,13 @@ def test_figures_are_sums_over_micro_batches():
         "supervised_places": torch.tensor([0, 4, 5]),
         "document_borders": torch.tensor([0, 4, 8], dtype=torch.int32),
     }
-    assert meter.add(batch, 0) == (3, 6)
     operations = 6 * 10 + 3 * 100 + 20 * 1000
+    counted = meter.count(batch, 0)
+    assert counted == Counted(supervised=3, tokens=6, positions=8, operations=operations)
+    assert meter.figures(2.0)["mfu"] == 0, "counting alone adds nothing"
+    meter.add(counted)
     assert meter.figures(2.0) == {"padding_share": 0.25, "mfu": operations / 2.0 / 1e6}
-    meter.add(batch, 0)
+    meter.add(counted)
     assert meter.figures(4.0) == {"padding_share": 0.25, "mfu": operations / 2.0 / 1e6}
     meter.clear()
     assert meter.figures(1.0)["mfu"] == 0

@@ -1,9 +1,11 @@
 """A stream gives the rows that preparation gives, in an order of data and seed alone, from any step on."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +22,7 @@ from src.files import Row
 from src.mixing import rows_of_a_window
 from src.streaming import RowStream, StreamFeed, stream_datasets
 from tests.hub_server import HubServer
+from tests.test_ahead import threads_of_ahead
 from tests.test_tables import PADDED
 from tests.tiny_run import (
     ROOT,
@@ -33,6 +36,7 @@ from tests.tiny_run import (
     write_rows,
 )
 from tests.toy_tokenizer import toy_tokenizer
+from utils.ahead import Halt
 from utils.errors import UserError
 
 CARD = """---
@@ -135,7 +139,7 @@ def test_the_order_does_not_depend_on_the_layout(tmp_path, limit):
     config = stream_config(tmp_path, packing=False)
     alone = StreamFeed(stream_of(config), StepSplit(**limit, accumulation_steps=4), seed=3, steps=9)
     expected = fed(alone, 36)
-    assert alone.place.epoch > 0
+    assert alone.mark.place.epoch > 0
     for processes in (2, 4):
         shares = []
         for process in range(processes):
@@ -154,7 +158,8 @@ def test_a_stream_goes_on_exactly_from_any_step(tmp_path, limit):
     batches = iter(feed)
     for _ in range(30):
         states.append(json.dumps(feed.state()))
-        places.add((feed.place.epoch, feed.place.window, bool(feed.place.left_over)))
+        place = feed.mark.place
+        places.add((place.epoch, place.window, bool(place.left_over)))
         list(islice(batches, 2))
     assert {epoch for epoch, _, _ in places} >= {0, 1, 2}
     assert any(left_over for _, _, left_over in places), "the case needs rows that are kept for a next window"
@@ -166,6 +171,43 @@ def test_a_stream_goes_on_exactly_from_any_step(tmp_path, limit):
     replayed = StreamFeed(stream_of(config), split, seed=3, steps=30)
     replayed.go_to(11)
     assert fed(replayed, 60 - 22) == whole[22:], "without a state, the stream is read up to the step"
+
+
+@pytest.mark.parametrize("limit", [{"rows": 2}, {"tokens": 130}])
+def test_windows_made_meanwhile_change_neither_packs_nor_states(tmp_path, limit):
+    config, split = stream_config(tmp_path), StepSplit(**limit, accumulation_steps=2)
+    plain, ahead = (StreamFeed(stream_of(config), split, seed=3, steps=20) for _ in range(2))
+    halt = Halt()
+    with contextlib.closing(ahead.marked_steps(halt)) as steps:
+        for (packs, mark), (others, other) in islice(zip(plain.marked_steps(), steps, strict=True), 20):
+            assert [[one["input_ids"].tolist() for one in batch] for batch in packs] == [
+                [one["input_ids"].tolist() for one in batch] for batch in others
+            ]
+            for feed, place in ((plain, mark), (ahead, other)):
+                feed.stand_at(place)
+            assert plain.state() == ahead.state()
+    assert ahead.mark.place.epoch > 0
+    assert threads_of_ahead() == []
+
+
+def test_no_more_than_one_window_is_made_ahead(tmp_path):
+    made = []
+
+    class Counting(RowStream):
+        def windows(self, place, check=lambda: None):
+            for window in super().windows(place, check):
+                made.append(window[0].window)
+                yield window
+
+    stream = stream_of(stream_config(tmp_path, packing=False))
+    stream = Counting(stream.config, stream.sources, stream.preparation)
+    feed = StreamFeed(stream, StepSplit(rows=1), seed=3, steps=20)
+    with contextlib.closing(feed.marked_steps(Halt())) as steps:
+        taken = set()
+        for _, mark in islice(steps, 15):
+            taken.add((mark.place.epoch, mark.place.window))
+            time.sleep(0.01)
+            assert len(made) <= len(taken) + 1
 
 
 def test_weights_are_shares_of_the_rows_of_each_window(tmp_path):

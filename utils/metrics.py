@@ -2,7 +2,7 @@
 
     work = Work.of(model, count_parameters(model))
     meter = Meter(work, rate=matrix_rate("cpu", torch.float32))
-    meter.add(batch, pad_id)                     # a micro-batch on the host
+    meter.add(meter.count(batch, pad_id))        # a micro-batch on the host
     meter.figures(seconds=2.5)                   # {"mfu": 0.61, "padding_share": 0.0}
 
 The convention: a multiplication and an addition are two operations. A weight of a matrix product that trains takes 6
@@ -109,6 +109,23 @@ def work_of(model: torch.nn.Module, parameters: Mapping[str, int]) -> Work | Non
     return Work.of(model, parameters)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What is in a micro-batch."""
+
+    supervised: int
+    """Tokens that the loss counts."""
+
+    tokens: int
+    """Without padding."""
+
+    positions: int
+    """With it."""
+
+    operations: int
+    """Of forward and backward; 0 where the model's work is not known."""
+
+
 class Meter:
     """Sums over the micro-batches of this process since the last figures."""
 
@@ -122,21 +139,27 @@ class Meter:
         self.rate = rate
         self.clear()
 
-    def add(self, batch: Mapping[str, torch.Tensor], pad_id: int) -> tuple[int, int]:
-        """Count a micro-batch, and return its supervised tokens and its tokens without padding.
+    def count(self, batch: Mapping[str, torch.Tensor], pad_id: int) -> Counted:
+        """What is in a micro-batch; the sums stay as they are. By numpy, as threads of torch's would take cores from
+        the step that trains meanwhile.
 
         Args:
             batch: as the collator gives it, on the host.
             pad_id: what stands where a row has no token.
         """
         supervised = len(batch["supervised_places"])
-        tokens = int((batch["input_ids"] != pad_id).sum())
-        self.tokens += tokens
-        self.positions += batch["input_ids"].numel()
+        tokens = int(np.count_nonzero(batch["input_ids"].numpy() != pad_id))
+        operations = 0
         if self.work:
             lengths = np.diff(batch["document_borders"].numpy().astype(np.int64))
-            self.operations += self.work.of_documents(lengths, tokens=tokens, supervised=supervised)
-        return supervised, tokens
+            operations = self.work.of_documents(lengths, tokens=tokens, supervised=supervised)
+        return Counted(supervised, tokens, batch["input_ids"].numel(), operations)
+
+    def add(self, counted: Counted) -> None:
+        """Add a micro-batch to the sums."""
+        self.tokens += counted.tokens
+        self.positions += counted.positions
+        self.operations += counted.operations
 
     def figures(self, seconds: float) -> dict[str, float]:
         """`padding_share`, and `mfu`: the share of the matrix rate that the work was done at, if both are known."""
