@@ -353,6 +353,11 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass, which saves memory for about a third more time."""
 
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the model's layers are compiled by `torch.compile`, which takes up to a minute or two before the first
+    step, and again at the first evaluation. `auto`: on a CUDA GPU in runs of at least 1,000 micro-batches, where they
+    can be; not on a CPU, where an hour's run gains less than it costs."""
+
     cpu_threads: int | None = _limited(None, ge=1)
     """Threads that each process computes with on a CPU, at least 1. None: its share of the cores under
     `accelerate launch`, which would use one thread; else what OMP_NUM_THREADS or torch says."""
