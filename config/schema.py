@@ -354,9 +354,9 @@ class TrainingConfig:
     """Whether activations are computed again in the backward pass, which saves memory for about a third more time."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether the model's layers are compiled by `torch.compile`, which takes up to a minute or two before the first
-    step, and again at the first evaluation. `auto`: on a CUDA GPU in runs of at least 1,000 micro-batches, where they
-    can be; not on a CPU, where an hour's run gains less than it costs."""
+    """Whether the model's layers are compiled by `torch.compile`: all share a compilation, which takes a minute or more
+    before the first step, and again at the first evaluation. `auto`: on a CUDA GPU in runs of at least 1,000
+    micro-batches, where they can be; never on a CPU. A compiled run's losses differ by rounding."""
 
     cpu_threads: int | None = _limited(None, ge=1)
     """Threads that each process computes with on a CPU, at least 1. None: its share of the cores under

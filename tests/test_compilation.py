@@ -17,7 +17,6 @@ from config.schema import TrainingConfig
 from src import compilation
 from src.compilation import (
     PAYING_MICRO_BATCHES,
-    CompiledLayers,
     check_compilation,
     compile_layers,
     compiles,
@@ -28,7 +27,7 @@ from src.generation import generate
 from src.loss import SupervisedLoss
 from src.model import recompute_activations
 from src.packing import PackCollator
-from tests.gpu_runs import BOUNDS, ON_GPU, VOCABULARY, build, losses_of, small_model, small_tokenizer
+from tests.gpu_runs import BOUNDS, VOCABULARY, small_model, small_tokenizer
 from utils.errors import UserError
 
 FLAT = PackCollator(pad_token_id=0, flat=True, tells_longest=True)
@@ -111,7 +110,7 @@ def test_layers_with_fixed_sizes_would_be_compiled_for_each_pack():
     model, backend = shallow(attention="documents").train(), counting()
     for layer in decoder_layers(model):
         layer.compile(backend=backend, dynamic=False)
-    with pytest.raises(RuntimeError, match="[Rr]ecompil"):
+    with pytest.raises(RuntimeError, match="recompile"):
         check_once(model, backend, batches())
 
 
@@ -163,7 +162,8 @@ def test_a_saved_model_loads_as_if_it_had_not_been_compiled(tmp_path):
     assert backend.graphs
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=0, atol=0)
 
@@ -213,7 +213,7 @@ def test_evaluation_compiles_once_more_and_not_for_each_length():
 def test_the_proof_finds_layers_that_compute_something_else():
     model = shallow(attention="sdpa").train()
     compile_layers(model, backend=lambda graph, inputs: lambda *args: [1.01 * out for out in graph.forward(*args)])
-    with pytest.raises(UserError, match="compute something else.*training.compile=off"):
+    with pytest.raises(UserError, match=r"compute something else.*training.compile=off"):
         prove_compiled(model, SupervisedLoss(), PADDED)
 
 
@@ -221,7 +221,7 @@ def test_the_proof_finds_layers_that_are_compiled_for_each_pack():
     model = shallow(attention="documents").train()
     for layer in decoder_layers(model):
         layer.compile(backend=counting(), dynamic=False)
-    with pytest.raises(UserError, match="once for all packs.*training.compile=off"):
+    with pytest.raises(UserError, match=r"once for all packs.*training.compile=off"):
         prove_compiled(model, SupervisedLoss(), FLAT)
 
 
@@ -237,28 +237,6 @@ def test_the_proof_leaves_mode_gradients_and_random_state_as_they_are(dropout):
     if dropout == 0:
         with torch.compiler.set_stance("fail_on_recompile"):
             train_on(model, batches())
-
-
-@pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-class TestOnAGpu:
-    pytestmark = [*ON_GPU, NEEDS_COMPILER]
-
-    def test_a_run_with_compiled_layers_learns_the_same(self, tmp_path, precision, recomputes):
-        # With SGD a step is the gradient itself, and roundings do not grow as Adam's signs let them.
-        runs = []
-        for compiled in (True, False):
-            model = shallow(attention="documents")
-            if recomputes:
-                recompute_activations(model)
-            trainer = build(tmp_path, model, precision=precision, optimizer="sgd", rate=0.1, steps=4)
-            if compiled:
-                trainer.add_callback(CompiledLayers("on", trainer.score, trainer.data_collator))
-            trainer.train()
-            runs.append(losses_of(trainer))
-            assert len(runs[-1]) == 4
-        rtol = {"float32": 1e-5, "bf16": 4e-3}[precision]
-        np.testing.assert_allclose(*runs, rtol=rtol)
 
 
 def test_a_model_without_layers_of_transformers_is_refused():
@@ -281,7 +259,7 @@ def test_on_needs_triton_on_a_gpu(monkeypatch):
 
 
 def test_on_is_refused_where_it_would_do_nothing():
-    with pytest.raises(UserError, match="no effect on a CPU with training.gradient_checkpointing"):
+    with pytest.raises(UserError, match=r"no effect on a CPU with training.gradient_checkpointing"):
         check_compilation(TrainingConfig(compile="on", gradient_checkpointing=True), "cpu")
 
 

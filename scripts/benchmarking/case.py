@@ -38,6 +38,9 @@ class Case:
     steps: int = _option(10, "optimizer steps that are measured")
     warmup_steps: int = _option(3, "optimizer steps before those, which are not")
     gradient_checkpointing: bool = _option(False, "whether activations are computed again in the backward pass")
+    compile: Literal["on", "off"] = _option(
+        "off", "whether `smolfactory` compiles its layers, as training.compile does"
+    )
     dtype: str = _option("auto", "format the weights are held in; auto: float32 for full, bfloat16 for the others")
     precision: str = _option("auto", "format of the matrix products, as in training.precision")
     rank: int = _option(16, "rank of the LoRA matrices, on every linear layer but the head")
@@ -82,4 +85,6 @@ class Case:
             parts.append(f"{self.supervised:.0%} supervised")
         if self.gradient_checkpointing:
             parts.append("gradient checkpointing")
+        if self.compile == "on":
+            parts.append("compiled layers")
         return ", ".join(parts)
