@@ -34,6 +34,7 @@ def train(command: CommandLine) -> None:
     from src.adapters import add_adapter, count_parameters
     from src.attention_choice import prove_attention
     from src.callbacks import Answers, MetricsFile, Progress
+    from src.compilation import CompiledLayers, check_compilation
     from src.contract import enforce
     from src.data import build_datasets, token_folder
     from src.loss import SupervisedLoss
@@ -67,6 +68,7 @@ def train(command: CommandLine) -> None:
         resumes=run.checkpoint is not None,
     )
     check_world(args.world_size)
+    check_compilation(config.training, args.device.type)
     threads = f", {use_cores(config.training.cpu_threads)} thread(s) each" if args.device.type == "cpu" else ""
     log.info("%d process(es) on %s%s; the run is written to %s", args.world_size, args.device.type, threads, run.path)
 
@@ -115,6 +117,7 @@ def train(command: CommandLine) -> None:
         score=SupervisedLoss(label_smoothing=config.training.label_smoothing, z_loss=config.training.z_loss),
         callbacks=[Progress(), metrics, answers],
     )
+    trainer.add_callback(CompiledLayers(config.training.compile, trainer.score, trainer.data_collator))
     if config.hub.repo_id and is_main_process():
         check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
     run.record("config.json", to_dict(config), matters=("",))

@@ -126,6 +126,11 @@ class TrainingConfig:
     """Whether activations wait in host memory for the backward pass, on a CUDA GPU. With `gradient_checkpointing=full`
     only the inputs of layers travel; with `none` all that layers keep does."""
 
+    compile: Literal["auto", "on", "off"] = "off"
+    """Whether the model's layers are compiled by `torch.compile`: all share a compilation, which takes a minute or more
+    before the first step, and again at the first evaluation. `auto`: on a CUDA GPU in runs of at least 1,000
+    micro-batches, where they can be; never on a CPU. A compiled run's losses differ by rounding."""
+
     cpu_threads: int | None = limited(None, ge=1)
     """Threads that each process computes with on a CPU, at least 1. None: its share of the cores under
     `accelerate launch`, which would use one thread; else what OMP_NUM_THREADS or torch says."""

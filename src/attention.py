@@ -33,6 +33,9 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Arguments of models that reach attention and say nothing about its result."""
 
+_BENDS = frozenset({"softcap", "sinks"})
+"""Options that only the plain computation has."""
+
 _numbers = WeakTensorKeyDictionary()
 """Borders as numbers of the host, by their tensor on a device: told, or else read once for all layers, as reading waits
 for the device."""
@@ -132,7 +135,7 @@ def attend_documents(
     """
     _refuse_unknown(others)
     query, key, value = _in_one_dtype(query, key, value)
-    rows, _, tokens, size = query.shape
+    tokens, size = query.shape[2:]
     options = {"dropout": dropout, "scale": scaling if scaling is not None else size**-0.5}
     bent = {"softcap": softcap, "sinks": s_aux} if softcap is not None or s_aux is not None else {}
     if attention_mask is not None or key.shape[2] != tokens:
@@ -142,17 +145,38 @@ def attend_documents(
     varlen = not bent and varlen_serves(query, key, value, **options)
     if varlen and cu_seq_lens_q is not None and max_length_q is not None:
         return attend_varlen(query, key, value, borders=cu_seq_lens_q, longest=max_length_q, **options), None
-    borders = _borders(cu_seq_lens_q, position_ids, rows, tokens)
+    return _attend_read(query, key, value, cu_seq_lens_q, position_ids, varlen=varlen, **options, **bent), None
+
+
+@torch.compiler.disable(reason="what is compiled would serve packs of as many documents only")
+def _attend_read(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    given: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    *,
+    varlen: bool,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention in documents whose borders are read from tensors. (B, L, H, D).
+
+    Args:
+        given, positions: `cu_seq_lens_q` and `position_ids` of `attend_documents`.
+        varlen: whether the variable-length kernel serves.
+    """
+    rows, tokens = query.shape[0], query.shape[2]
+    borders = _borders(given, positions, rows, tokens)
     if varlen:
         starts = torch.tensor(borders, dtype=torch.int32, device=query.device)
         longest = max(end - start for start, end in pairwise(borders))
-        return attend_varlen(query, key, value, borders=starts, longest=longest, **options), None
-    attend = functools.partial(attend_plainly if bent else attend_fused, **options, **bent)
+        return attend_varlen(query, key, value, borders=starts, longest=longest, **options)
+    attend = functools.partial(attend_plainly if options.keys() & _BENDS else attend_fused, **options)
     if borders == list(range(0, rows * tokens + 1, tokens)):
-        return attend(query, key, value).transpose(1, 2), None
+        return attend(query, key, value).transpose(1, 2)
     parts = zip(*(_apart(tensor, borders) for tensor in (query, key, value)), strict=True)
     out = torch.cat([attend(*part).transpose(1, 2) for part in parts], dim=1)
-    return out.view(rows, tokens, *out.shape[2:]), None
+    return out.view(rows, tokens, *out.shape[2:])
 
 
 def _attend_masked(

@@ -186,7 +186,7 @@ def _check_as_eager(model: PreTrainedModel, length: int) -> None:
     eager = _logits(model, [document])
     model.set_attn_implementation(own)
     difference = ((found - eager).norm() / eager.norm()).item()
-    if not difference <= _rounding(model):
+    if not difference <= rounding(model):
         raise UserError(
             f"attention '{own}' is not what {type(model).__name__} means: logits differ from those of eager attention "
             f"by {difference:.2g} of their norm; use another model.attention"
@@ -211,7 +211,7 @@ def check_documents_apart(model: torch.nn.Module, *, lengths: tuple[int, int] = 
     packed, reaching = _logits_and_gradient(model, documents)
     with torch.no_grad():
         alone = torch.cat([_logits(model, [document]) for document in documents])
-    allowed = (_rounding(model) * alone.abs().max()).item()
+    allowed = (rounding(model) * alone.abs().max()).item()
     difference = (packed - alone).abs().max().item()
     found = f"packed logits differ from those of each document alone by {difference:.3g} (allowed {allowed:.3g})"
     if reaching:
@@ -263,7 +263,7 @@ def _logits(model: torch.nn.Module, documents: Sequence[torch.Tensor]) -> torch.
     return logits[:, :COMPARED_LOGITS].double()
 
 
-def _rounding(model: torch.nn.Module) -> float:
+def rounding(model: torch.nn.Module) -> float:
     """The share of the largest logit that rounding may change: a thousand roundings of it.
 
     Sums of a packed row may run in another order. The share is far below what a document seen by its neighbour changes,

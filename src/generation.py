@@ -156,7 +156,8 @@ def generate(
         for row, index in enumerate(batch):  # padding on the left, so that every answer starts at the same place
             ids_BL[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index], device=device)
             mask_BL[row, longest - len(encoded[index]) :] = 1
-        out_BL = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings)
+        with torch.compiler.set_stance("force_eager"):  # layers that a run has compiled know no cache
+            out_BL = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings)
         texts = tokenizer.batch_decode(out_BL[:, longest:], skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text

@@ -40,6 +40,9 @@ class Case:
     gradient_checkpointing: Literal["none", "full", "selective"] = _option(
         "none", "what is computed again in the backward pass, as in training.gradient_checkpointing"
     )
+    compile: Literal["on", "off"] = _option(
+        "off", "whether `smolfactory` compiles its layers, as training.compile does"
+    )
     dtype: str = _option("auto", "format the weights are held in; auto: float32 for full, bfloat16 for the others")
     precision: str = _option("auto", "format of the matrix products, as in training.precision")
     rank: int = _option(16, "rank of the LoRA matrices, on every linear layer but the head")
@@ -84,4 +87,6 @@ class Case:
             parts.append(f"{self.supervised:.0%} supervised")
         if self.gradient_checkpointing != "none":
             parts.append(f"{self.gradient_checkpointing} gradient checkpointing")
+        if self.compile == "on":
+            parts.append("compiled layers")
         return ", ".join(parts)

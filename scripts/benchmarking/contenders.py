@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from scripts.benchmarking.case import Case
 from scripts.benchmarking.layout import Layout
 from scripts.benchmarking.models import OPTIM, adapter_config, arguments, build_model, tokenizer
+from src.compilation import CompiledLayers
 from src.packing import IGNORED
 from src.trainer import SFTTrainer
 
@@ -93,7 +94,9 @@ def build_trainer(name: str, layout: Layout, folder: Path, *, weights: Path, att
     if name == "smolfactory":
         args = arguments(case, folder)
         model = build_model(case, weights)
-        return SFTTrainer(model=model, args=args, tokenizer=words, train_packs=layout.packs, optim=OPTIM)
+        trainer = SFTTrainer(model=model, args=args, tokenizer=words, train_packs=layout.packs, optim=OPTIM)
+        trainer.add_callback(CompiledLayers(case.compile, trainer.score, trainer.data_collator))
+        return trainer
     if name == "trainer":
         model = build_model(case, weights, attention="sdpa")
         args = TrainingArguments(**_given(layout, folder, packed=False))
