@@ -37,9 +37,10 @@ def draw(record: Mapping[str, Any], target: Path) -> None:
         for name in names:
             _draw_series(speed, memory, record, name)
         x = "parameters" if names == ["size"] else "tokens of a pack"
-        speed.set(xlabel=x, ylabel="tokens/s", xscale="log", yscale="log")
-        memory.set(xlabel=x, ylabel="peak memory, GiB", xscale="log", yscale="log")
-        for axes in (speed, memory):
+        each = [record["series"][name] for name in names]
+        scale = "log" if any(measured(series, own) for series in each for own in contenders(series)) else "linear"
+        for axes, y in ((speed, "tokens/s"), (memory, "peak memory, GiB")):
+            axes.set(xlabel=x, ylabel=y, xscale=scale, yscale=scale)  # a logarithm of no points is an error
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
     figure.savefig(target, dpi=150)
