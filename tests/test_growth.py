@@ -148,7 +148,7 @@ def test_real_points_agree_and_a_process_over_its_memory_is_ended(tmp_path):
 def test_a_command_that_cannot_be_is_refused():
     with pytest.raises(UserError, match="--tokens 0 must be 1 or more"):
         growth.series_of(growth.parse_arguments(["--tokens", "0"]))
-    with pytest.raises(UserError, match="max_length=16384 must be from"):
+    with pytest.raises(UserError, match="max_length=4096 must be from"):
         growth.series_of(growth.parse_arguments(["--model", "tiny"]))
     assert main(["growth", "--contenders", "nobody", "--lengths", "64", "--sizes", "--rows", "synthetic"]) == 2
 
