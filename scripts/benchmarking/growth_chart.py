@@ -36,11 +36,22 @@ def draw(record: Mapping[str, Any], target: Path) -> None:
     for (speed, memory), names in zip(figure.subplots(max(1, len(rows)), 2, squeeze=False), rows, strict=False):
         for name in names:
             _draw_series(speed, memory, record, name)
-        x = "parameters" if names == ["size"] else "tokens of a pack"
         each = [record["series"][name] for name in names]
-        scale = "log" if any(measured(series, own) for series in each for own in contenders(series)) else "linear"
-        for axes, y in ((speed, "tokens/s"), (memory, "peak memory, GiB")):
-            axes.set(xlabel=x, ylabel=y, xscale=scale, yscale=scale)  # a logarithm of no points is an error
+        if not any(measured(series, own) for series in each for own in contenders(series)):
+            continue  # a logarithm of no points is an error
+        by_size = names == ["size"]
+        x = "parameters" if by_size else "tokens of a pack"
+        points = {point["x"]: point["label"] for series in each for point in series["points"]}
+        speed.set(xscale="log", xlabel=x, ylabel="tokens/s")
+        speed.set_xticks(list(points), list(points.values()), fontsize=8, rotation=30)
+        speed.set_xticks([], minor=True)
+        memory.set(xlabel=x, ylabel="peak memory, GiB")
+        if by_size:
+            speed.set_yscale("log")  # a power is a line there
+        else:
+            speed.set_ylim(bottom=0)
+        memory.set_ylim(bottom=0)
+        for axes in (speed, memory):
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
     figure.savefig(target, dpi=150)
@@ -64,14 +75,14 @@ def _draw_series(speed: Any, memory: Any, record: Mapping[str, Any], name: str) 
             if law := law_of(record, name, own, kind):
                 along = np.geomspace(min(x), max(x), 50)
                 axes.plot(along, shown(law.at(along)), line, color=color, linewidth=1)
-        _mark_limits((speed, memory), series, own, color)
+        _mark_limits((speed, memory), series, own, f"{label}: over a limit", color)
 
 
-def _mark_limits(panels: tuple[Any, Any], series: Mapping[str, Any], name: str, color: str) -> None:
+def _mark_limits(panels: tuple[Any, Any], series: Mapping[str, Any], name: str, label: str, color: str) -> None:
     """A cross at the foot of both panels where a contender was over a limit."""
     found = [(point["x"], point["contenders"].get(name, [])) for point in series["points"]]
     over = [x for x, results in found if any(over_limit(result) for result in results)]
     for axes in panels:
         if over:
             feet = axes.get_xaxis_transform()
-            axes.plot(over, [0.03] * len(over), "x", color=color, transform=feet, label=f"{name}: over a limit")
+            axes.plot(over, [0.03] * len(over), "x", color=color, transform=feet, label=label)
