@@ -26,14 +26,14 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **mo
 SHAPES: dict[str, dict[str, Any]] = {
     # for the tests: a second on a CPU
     "tiny": _llama(64, 128, 2, 4, 2, vocab_size=512, max_position_embeddings=2048, tie_word_embeddings=True),
-    # 32,000 x 128 numbers of its 4.9 million are the embedding's
-    "llama-5m": _llama(128, 352, 4, 4, 4, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True),
     # karpathy/tinyllamas stories15M, stories42M and stories110M, with a longer context
     "llama-15m": _llama(288, 768, 6, 6, 6, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True),
     "llama-42m": _llama(512, 1376, 8, 8, 8, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True),
     "llama-110m": _llama(
         768, 2048, 12, 12, 12, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True
     ),
+    # 32,000 x 128 numbers of its 4.9 million are the embedding's
+    "llama-5m": _llama(128, 352, 4, 4, 4, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True),
     # HuggingFaceTB/SmolLM2-135M
     "llama-135m": _llama(576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True),
     # meta-llama/Llama-3.2-1B
