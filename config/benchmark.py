@@ -26,8 +26,14 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **mo
 SHAPES: dict[str, dict[str, Any]] = {
     # for the tests: a second on a CPU
     "tiny": _llama(64, 128, 2, 4, 2, vocab_size=512, max_position_embeddings=2048, tie_word_embeddings=True),
-    # karpathy/tinyllamas stories15M, with a longer context
-    "llama-15m": _llama(288, 768, 6, 6, 6, vocab_size=32000, max_position_embeddings=8192, tie_word_embeddings=True),
+    # karpathy/tinyllamas stories15M, stories42M and stories110M, with a longer context
+    "llama-15m": _llama(288, 768, 6, 6, 6, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True),
+    "llama-42m": _llama(512, 1376, 8, 8, 8, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True),
+    "llama-110m": _llama(
+        768, 2048, 12, 12, 12, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True
+    ),
+    # 32,000 x 128 numbers of its 4.9 million are the embedding's
+    "llama-5m": _llama(128, 352, 4, 4, 4, vocab_size=32000, max_position_embeddings=16384, tie_word_embeddings=True),
     # HuggingFaceTB/SmolLM2-135M
     "llama-135m": _llama(576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True),
     # meta-llama/Llama-3.2-1B
@@ -60,8 +66,8 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     "tiny": ({"model": "tiny", "max_length": 256, "median_length": 60, "steps": 2, "warmup_steps": 1},),
     # 2 packs x 1024 = 2,048 tokens/step
     "cpu-15m": ({"model": "llama-15m", "rows": "instruction", "max_length": 1024, "micro_batch_rows": 2},),
-    # 1 pack x 1024 = 1,024 tokens/step
-    "cpu-135m": ({"model": "llama-135m", "rows": "instruction", "max_length": 1024, "steps": 4, "warmup_steps": 2},),
+    # 1 pack x 1024 = 1,024 tokens/step; three steps are 6 x 135 M x 3,072 = 2.5 TFLOP, 16 s at 0.16 TFLOP/s
+    "cpu-135m": ({"model": "llama-135m", "rows": "instruction", "max_length": 1024, "steps": 2, "warmup_steps": 1},),
     # 1.2 billion weights x 16 bytes (float32 weights, gradients and two moments) = 20 GB before activations
     "gpu-1b": _at_lengths(model="llama-1b"),
     # 8.0 billion x 2 bytes = 16 GB

@@ -1,6 +1,8 @@
 """Measure the project beside its peers: the training step, the preparation of rows, and memory as rows grow.
 
 python scripts/benchmark.py step --preset cpu-15m --repeats 3    # how fast training steps are
+python scripts/benchmark.py gains                                # what each part of a step gains
+python scripts/benchmark.py growth                               # how time and memory grow with length and size
 python scripts/benchmark.py data --repeats 3                     # how fast rows are prepared
 python scripts/benchmark.py scale                                # in how much memory a million rows are
 
@@ -38,6 +40,10 @@ def main(argv: Sequence[str]) -> int:
                 from scripts.benchmarking.preparation import main as measure
             case ["scale"]:
                 from scripts.benchmarking.scale import main as measure
+            case ["gains"]:
+                from scripts.benchmarking.gains import main as measure
+            case ["growth"]:
+                from scripts.benchmarking.growth import main as measure
             case _:
                 print(__doc__)
                 return 0 if argv[:1] in (["--help"], ["-h"]) else 2

@@ -21,6 +21,7 @@ from scripts.benchmarking.layout import Layout
 from scripts.benchmarking.measure import matrix_rate, measure
 from scripts.benchmarking.report import markdown
 from scripts.benchmarking.rows import row_lengths, supervise_spans, synthetic_rows, token_rows
+from scripts.benchmarking.variants import VARIANTS
 from src.batches import PackFeed, StepSplit
 from src.packing import IGNORED, PackCollator, PackedRows
 from tests.toy_tokenizer import SHARED, shared_file
@@ -132,6 +133,38 @@ def test_contenders_compute_the_same(figures):
     assert found["reference"] == "floor"
     assert set(found["contenders"]) == {"smolfactory", "trl packed", "trl padded", "trainer"}
     assert disagreements(found) == []
+
+
+def test_the_trainer_computes_the_same_without_each_of_its_gains(tmp_path):
+    # More than 2^20 supervised logits in a micro-batch, so that the trainer scores them in chunks.
+    case = Case(max_length=2048, micro_batch_rows=2, supervised=0.85, steps=1, warmup_steps=1)
+    layout = Layout.of(case, token_rows(case, SHARED))
+    found = {
+        name: measure(name, layout, tmp_path, weights=NONE, attention="sdpa", started=time.time())
+        for name in ("floor", *VARIANTS)
+    }
+    assert found["floor"]["first_supervised_tokens"][0] * 512 > 2**20
+    compared = compare(found, exact=True)
+    assert (compared["reference"], set(compared["contenders"])) == ("floor", set(VARIANTS))
+    assert disagreements(compared) == []
+    assert {name for name in VARIANTS if found[name]["attention"] == "sdpa"} == {"dense mask", "none of them"}
+
+
+def test_gains_are_ratios_to_the_same_turn(tmp_path, capsys, monkeypatch):
+    def answer(folder, task, *, timeout_s):
+        if task["name"] == step.MATRIX:
+            return {"matrix_dtype": "float32", "error": "none"}
+        spent = 3.0 if task["name"] == "dense mask" else 2.0
+        return figures_of(1.0) | {"seconds_per_step": spent, "peak_memory_mib": 512 * spent}
+
+    monkeypatch.setattr(step, "run_worker", answer)
+    words = ["gains", "--preset", "tiny", "--contenders", "smolfactory", "dense mask", "--repeats", "1"]
+    assert main([*words, "--output", str(tmp_path / "gains")]) == 0
+    page = (tmp_path / "gains.md").read_text()
+    assert page in capsys.readouterr().out
+    meaning = "attention over the whole pack, with a mask between documents"
+    assert f"| dense mask | {meaning} | 3.00 | 1.50 x | 1.50 GiB | 1.50 x |" in page
+    assert "| smolfactory | nothing is taken away | 2.00 | 1.00 x | 1.00 GiB | 1.00 x |" in page
 
 
 def test_a_contender_that_lets_documents_see_each_other_is_found(figures, layout, tmp_path, monkeypatch):
@@ -275,9 +308,13 @@ def test_peaks_are_told_by_the_names_that_devices_give():
 
 def test_shapes_have_the_published_numbers_of_parameters():
     # Counts that the models' cards give; SmolLM2-135M's and Llama-3's by their safetensors metadata.
-    # stories15M's by hand: 32,000 x 288, then 6 layers of 4 x 288 x 288 + 3 x 288 x 768 + 2 x 288, and a norm of 288.
+    # stories15M's by hand: 32,000 x 288, then 6 layers of 4 x 288 x 288 + 3 x 288 x 768 + 2 x 288, and a norm of 288;
+    # in the same way 5M's, stories42M's and stories110M's.
     published = {
+        "llama-5m": 4_899_968,
         "llama-15m": 15_191_712,
+        "llama-42m": 41_689_600,
+        "llama-110m": 109_529_856,
         "llama-135m": 134_515_008,
         "llama-1b": 1_235_814_400,
         "llama-3b": 3_212_749_824,

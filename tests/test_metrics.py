@@ -1,5 +1,9 @@
 """What a step computes, as a formula, as torch counts it, and as a run logs it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +107,12 @@ def test_the_rate_is_one_that_a_machine_has_and_the_random_numbers_stay():
     assert 1e9 < matrix_rate("cpu", torch.float32) < 1e14
     assert torch.equal(torch.get_rng_state(), state)
     assert peak_memory()["resident_mib"] > 100
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    held_mib = 1200
+    held = b"x" * (held_mib * 2**20)  # getrusage of the child would begin with these
+    code = "from utils.metrics import peak_memory; print(peak_memory()['resident_mib'])"
+    child = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, check=True)
+    del held
+    assert 100 < int(child.stdout) < held_mib

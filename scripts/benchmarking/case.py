@@ -20,8 +20,10 @@ class Case:
 
     model: str = _option("tiny", "shape of the model: a name of config/benchmark.py")
     method: Literal["full", "lora", "qlora"] = _option("full", "what trains; qlora is LoRA beside nf4 weights")
-    rows: Literal["synthetic", "instruction"] = _option(
-        "synthetic", "synthetic: random tokens; instruction: alpaca_en_demo of --data, in Llama 2's tokens"
+    rows: Literal["synthetic", "instruction", "document"] = _option(
+        "synthetic",
+        "synthetic: random tokens; document: those, every row of max_length; instruction: alpaca_en_demo of --data, in "
+        "Llama 2's tokens",
     )
     median_length: int = _option(
         300, "median tokens of a synthetic row; lengths are log-normal, sigma 0.8, none above max_length"

@@ -7,12 +7,14 @@
 - `trainer`: transformers' Trainer with padding.
 - `trl liger`: `trl packed` with Liger's kernels, where they are installed and there is a CUDA GPU.
 - `unsloth`: `trl packed` on the model as Unsloth loads it, where that is installed and there is a CUDA GPU.
+- those of scripts/benchmarking/variants.py: `smolfactory` with one thing taken away; they run where they are asked for.
 
 Labels are given to all. That TRL's masks (assistant_only_loss, a template with `{% generation %}` marks) are the same
 is what the record of instruction rows says of them.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,13 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from scripts.benchmarking.case import Case
 from scripts.benchmarking.layout import Layout
-from scripts.benchmarking.models import OPTIM, adapter_config, arguments, build_model, tokenizer
+from scripts.benchmarking.models import adapter_config, arguments, build_model, tokenizer
+from scripts.benchmarking.variants import VARIANTS
+from src.activations import recompute_activations
 from src.compilation import CompiledLayers
 from src.packing import IGNORED
 from src.trainer import SFTTrainer
+from utils.errors import UserError
 
 SHARED_ARGUMENTS = (
     "output_dir",
@@ -63,6 +68,19 @@ def installed_contenders() -> list[str]:
     return ["floor", "smolfactory", "trl packed", "trl padded", "trainer", *found]
 
 
+def checked_contenders(asked: Sequence[str] | None) -> list[str]:
+    """Those that are asked for, or where none are, all that run without being asked for.
+
+    Raises:
+        UserError: one is none, or cannot run here.
+    """
+    installed = installed_contenders()
+    known = list(dict.fromkeys([*installed, *VARIANTS]))
+    if unknown := sorted(set(asked or ()) - set(known)):
+        raise UserError(f"--contenders {', '.join(unknown)}: not to be had here; give some of {', '.join(known)}")
+    return list(asked or installed)
+
+
 def takes_packs(name: str) -> bool:
     """Whether a contender trains on packs, and not on padded rows."""
     return name not in ("trl padded", "trainer")
@@ -91,10 +109,13 @@ def build_trainer(name: str, layout: Layout, folder: Path, *, weights: Path, att
         UserError: the machine cannot run it.
     """
     case, words = layout.case, tokenizer()
-    if name == "smolfactory":
-        args = arguments(case, folder)
-        model = build_model(case, weights)
-        trainer = SFTTrainer(model=model, args=args, tokenizer=words, train_packs=layout.packs, optim=OPTIM)
+    if variant := VARIANTS.get(name):
+        args = arguments(case, folder, variant.optim)
+        model = build_model(case, weights, attention=variant.attention)
+        if variant.recomputes and case.gradient_checkpointing == "none":
+            recompute_activations(model, "full")
+        own = {"train_packs": layout.packs, "optim": variant.optim, "score": variant.score()}
+        trainer = SFTTrainer(model=model, args=args, tokenizer=words, **own)
         trainer.add_callback(CompiledLayers(case.compile, trainer.score, trainer.data_collator))
         return trainer
     if name == "trainer":

@@ -42,11 +42,11 @@ def autocast_dtype(case: Case) -> torch.dtype | None:
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else None
 
 
-def arguments(case: Case, folder: Path) -> TrainingArguments:
+def arguments(case: Case, folder: Path, optim: OptimConfig = OPTIM) -> TrainingArguments:
     """What the project's own trainer is told; the other trainers are told the same."""
     return training_arguments(
         folder,
-        OPTIM,
+        optim,
         TrainingConfig(
             max_steps=case.all_steps,
             micro_batch_rows=case.micro_batch_rows,

@@ -39,15 +39,19 @@ def spread(values: list[float], form: str) -> str:
     return f"{text} ({format(min(values), form)} to {format(max(values), form)})"
 
 
-def row(name: str, entry: dict[str, Any]) -> str:
-    """The line of a contender; one that was not measured, or of which a turn failed, says so in place of figures."""
-    results = entry["contenders"][name]
+def said_failure(results: list[dict[str, Any]]) -> str:
+    """Why a contender has no figures, fit for a table; empty where every turn was measured."""
     failures = [f"failed: {result['error']}" for result in results if "error" in result] or ["not measured"] * (
         not results
     )
-    if failures:
-        error = failures[0].replace("|", "\\|").replace("\n", " ")
-        return f"| {name} | {error} | | | | | | | | |\n"
+    return failures[0].replace("|", "\\|").replace("\n", " ") if failures else ""
+
+
+def row(name: str, entry: dict[str, Any]) -> str:
+    """The line of a contender; one that was not measured, or of which a turn failed, says so in place of figures."""
+    results = entry["contenders"][name]
+    if failure := said_failure(results):
+        return f"| {name} | {failure} | | | | | | | | |\n"
     own = entry["contenders"].get("smolfactory", [])
     measured = own and not any("error" in result for result in own)
     ratio = f"{figure(own, 'tokens_per_second') / figure(results, 'tokens_per_second'):.2f} x" if measured else ""
@@ -113,19 +117,26 @@ def _case_text(entry: dict[str, Any]) -> str:
     return text + "\n" + agreement_text(entry)
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The record as a page: what it ran on, the command, a table for each case, and what the columns mean."""
+def heading(record: dict[str, Any], title: str) -> str:
+    """The beginning of a page: the command, and what it ran on.
+
+    Args:
+        title: of the page; the device's name is added.
+    """
     environment = record["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
     hardware = environment["hardware"]
     device = ", ".join(hardware.get("gpus", [])) or f"{hardware['cores']} {hardware['machine']} cores"
     load = ", ".join(f"{value:.1f}" for value in record["load"])
     return (
-        f"# Training speed on {device}\n\n"
+        f"# {title} on {device}\n\n"
         f"    {record['command']}\n\n"
         f"Python {environment['python']}, {packages}"
         + (f", CUDA {hardware['cuda']}" if "cuda" in hardware else "")
         + f"; commit {environment['git_commit'] or 'unknown'}. Processes at work before each turn: {load}.\n"
-        + "".join(_case_text(entry) for entry in record["cases"])
-        + NOTES
     )
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as a page: what it ran on, the command, a table for each case, and what the columns mean."""
+    return heading(record, "Training speed") + "".join(_case_text(entry) for entry in record["cases"]) + NOTES

@@ -34,18 +34,20 @@ def token_rows(case: Case, data: Path) -> Dataset:
     Raises:
         UserError: they are not there.
     """
-    if case.rows == "synthetic":
-        rows = synthetic_rows(case, SHAPES[case.model]["vocab_size"], rows_needed(case))
-    else:
+    if case.rows == "instruction":
         rows = instruction_rows(case, data)
+    else:
+        rows = synthetic_rows(case, SHAPES[case.model]["vocab_size"], rows_needed(case))
     return rows if case.supervised is None else supervise_spans(rows, case.supervised, seed=case.seed)
 
 
 def row_lengths(case: Case, count: int) -> np.ndarray:
-    """Tokens a row, int64 (count,): log-normal, redrawn where below 8 or above `case.max_length`.
+    """Tokens a row, int64 (count,): log-normal, redrawn where below 8 or above `case.max_length`; of documents, that.
 
     The first n lengths are the same for every count above n.
     """
+    if case.rows == "document":
+        return np.full(count, case.max_length)
     generator = np.random.default_rng([case.seed, 0])
     lengths: list[int] = []
     while len(lengths) < count:

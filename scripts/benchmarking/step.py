@@ -14,11 +14,9 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,6 +24,7 @@ from config.benchmark import PRESETS
 from scripts.benchmarking.agreement import compare, disagreements
 from scripts.benchmarking.case import Case
 from scripts.benchmarking.chart import check_matplotlib, draw
+from scripts.benchmarking.process import run_worker
 from scripts.benchmarking.report import markdown
 from utils.errors import UserError
 from utils.files import write_json, write_text
@@ -51,10 +50,21 @@ def add_case_options(parser: argparse._ArgumentGroup) -> None:
         )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line after `step`; options of a case that were not given are absent."""
+def parse_arguments(
+    argv: Sequence[str],
+    *,
+    verb: str = "step",
+    description: str | None = __doc__,
+    defaults: Mapping[str, Any] | None = None,
+) -> argparse.Namespace:
+    """The command line after `step`, or another verb that measures the same; options of a case that were not given are
+    absent.
+
+    Args:
+        defaults: of options, in place of their own.
+    """
     parser = argparse.ArgumentParser(
-        prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"benchmark.py {verb}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="what is trained; see config/benchmark.py")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="who trains (default: all that are installed)")
@@ -65,6 +75,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--draw", type=Path, metavar="RECORD", help="only draw the chart of a record, beside it")
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "TASK"), help=argparse.SUPPRESS)
     add_case_options(parser.add_argument_group("in place of what the preset has"))
+    parser.set_defaults(**defaults or {})
     given = parser.parse_args(argv)
     if not (given.preset or given.draw or given.worker):
         parser.error("--preset is missing: name what is trained")
@@ -77,37 +88,6 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
     shares = own.pop("supervised", [None])
     cases = [Case(**fields | own | {"supervised": share}) for fields in PRESETS[given.preset] for share in shares]
     return list(dict.fromkeys(cases))
-
-
-def run_worker(folder: Path, task: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
-    """What a task returns from a process of its own, or `error` with what ended it.
-
-    Args:
-        folder: holds the case and its rows.
-        task: `name`, and what else the task needs.
-    """
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        task = task | {"folder": name, "started": time.time()}
-        command = [
-            sys.executable,
-            str(ROOT / "scripts/benchmark.py"),
-            "step",
-            "--worker",
-            str(folder),
-            json.dumps(task),
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {timeout_s:g} s"}
-        result = Path(name) / "result.json"
-        if done.returncode == 0 and result.is_file():
-            return json.loads(result.read_text(encoding="utf-8"))
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        error = lines[-1].replace(str(ROOT), ".").replace(name, "TEMPORARY") if lines else "no message"
-        reason = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        print(done.stderr[-4000:], file=sys.stderr)
-        return {"error": f"{error[:300]} ({reason})"}
 
 
 def work(folder: Path, task: dict[str, Any]) -> None:
@@ -146,20 +126,17 @@ def compare_masks(data: Path, folder: Path) -> dict[str, int]:
 class Measurement:
     """The cases of one command, their record, and where it is written."""
 
-    def __init__(self, given: argparse.Namespace, command: str) -> None:
+    def __init__(self, given: argparse.Namespace, command: str, page: Callable[[dict[str, Any]], str]) -> None:
         """
+        Args:
+            page: makes a page of the record.
         Raises:
             UserError: a contender is asked for that is not one, or not installed.
         """
-        from scripts.benchmarking.contenders import installed_contenders
+        from scripts.benchmarking.contenders import checked_contenders
 
-        self.given, self.cases = given, cases_of(given)
-        installed = installed_contenders()
-        self.names = given.contenders or installed
-        if unknown := sorted(set(self.names) - set(installed)):
-            raise UserError(
-                f"--contenders {', '.join(unknown)}: not to be had here; give some of {', '.join(installed)}"
-            )
+        self.given, self.cases, self.page = given, cases_of(given), page
+        self.names = checked_contenders(given.contenders)
         self.record: dict[str, Any] = {
             "command": command,
             "environment": {name: value for name, value in environment(ROOT).items() if name != "command"},
@@ -191,7 +168,7 @@ class Measurement:
                     agree &= self._turn(turn, case, folder, entry, attention)
                 if not agree:
                     break
-        print("\n" + markdown(self.record))
+        print("\n" + self.page(self.record))
         results = [result for entry in self._entries for found in entry["contenders"].values() for result in found]
         return int(not agree or any("error" in result for result in results))
 
@@ -258,7 +235,32 @@ class Measurement:
         if target := self.given.output:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_json(target.with_name(target.name + ".json"), self.record)
-            write_text(target.with_name(target.name + ".md"), markdown(self.record))
+            write_text(target.with_name(target.name + ".md"), self.page(self.record))
+
+
+def measure_and_draw(given: argparse.Namespace, command: str, *, page: Callable[[dict[str, Any]], str]) -> int:
+    """Measure what a command line asks for, and draw its chart where it can be; the exit code.
+
+    Args:
+        page: makes a page of the record.
+    Raises:
+        UserError: a contender or a case cannot be.
+    """
+    if given.draw:
+        draw(json.loads(given.draw.read_text(encoding="utf-8")), given.draw.with_suffix(".png"))
+        return 0
+    charts = bool(given.output)
+    try:
+        check_matplotlib()
+    except UserError as error:
+        charts = False
+        if given.output:
+            print(f"no chart will be drawn, but `--draw {given.output}.json` can later: {error}", file=sys.stderr)
+    measurement = Measurement(given, command, page)
+    code = measurement.run()
+    if charts:
+        draw(measurement.record, given.output.with_name(given.output.name + ".png"))
+    return code
 
 
 def main(argv: Sequence[str], command: str) -> int:
@@ -271,18 +273,4 @@ def main(argv: Sequence[str], command: str) -> int:
     if given.worker:
         work(Path(given.worker[0]), json.loads(given.worker[1]))
         return 0
-    if given.draw:
-        draw(json.loads(given.draw.read_text(encoding="utf-8")), given.draw.with_suffix(".png"))
-        return 0
-    charts = bool(given.output)
-    try:
-        check_matplotlib()
-    except UserError as error:
-        charts = False
-        if given.output:
-            print(f"no chart will be drawn, but `--draw {given.output}.json` can later: {error}", file=sys.stderr)
-    measurement = Measurement(given, command)
-    code = measurement.run()
-    if charts:
-        draw(measurement.record, given.output.with_name(given.output.name + ".png"))
-    return code
+    return measure_and_draw(given, command, page=markdown)
