@@ -38,7 +38,13 @@ def add_adapter(
         use_rslora=config.rslora,
         revision=revision,
     )
-    return get_peft_model(model, settings)
+    # To recompute activations, transformers and PEFT each have the embeddings' output ask for a gradient, which only
+    # reentrant checkpoints need: the backward pass would go on below the first layer that has anything to train. Each
+    # is taken back on its own, as the second's hooks take the place of the first's in the model's list.
+    model.disable_input_require_grads()
+    adapted = get_peft_model(model, settings)
+    model.disable_input_require_grads()
+    return adapted
 
 
 def check_patterns(model: torch.nn.Module, config: AdapterConfig) -> None:
