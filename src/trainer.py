@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from config.schema import OptimConfig
-from src.adapters import count_parameters
+from src.adapters import casts_left_to_autocast, count_parameters, layers_without_dropout
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
 from src.loss import SupervisedLoss, next_token_targets
@@ -143,6 +143,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._loss = torch.zeros(2, dtype=wide, device=args.device)  # negative log-likelihood, objective
         self._steps = 0  # optimizer steps that `_loss` holds
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
+        self._adapted = layers_without_dropout(model) if args.bf16 or args.fp16 else []
         self.meter = self._new_meter()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
@@ -220,6 +221,11 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self.state.num_input_tokens_seen += int(counts[1])
         return batches, counts[0]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's, both passes of one micro-batch, without casts that autocast takes back."""
+        with casts_left_to_autocast(self._adapted):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -259,7 +265,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Each row's summed loss and supervised tokens, both (B,), from which the exact mean is made at the end."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), casts_left_to_autocast(self._adapted):
             scored = self.score(model, inputs)
         nll_B = scored.nll.new_zeros(len(inputs["input_ids"])).index_add_(0, scored.row, scored.nll)
         tokens_B = (next_token_targets(inputs["labels"]) != IGNORED).sum(dim=1)

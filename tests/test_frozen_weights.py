@@ -1,17 +1,20 @@
-"""What does not train costs a step nothing that it need not: no product and no second computation.
+"""What does not train costs a step nothing that it need not: no product, no second computation, no cast.
 
 Shapes: N tokens in a batch, all but the first supervised; H the model's width, M that within its MLP, V tokens in the
 vocabulary, R the adapter's rank.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from config.schema import AdapterConfig
-from src.adapters import add_adapter
+from src.adapters import add_adapter, casts_left_to_autocast, layers_without_dropout
 from src.loss import SupervisedLoss
 from src.model import recompute_activations
 from src.noise import noisy_embeddings
@@ -118,3 +121,88 @@ def test_frozen_weights_get_no_gradient_and_no_product_for_one():
     found = backward_operations(model)
     assert found == HEAD + 2 * N * linear + 4 * N * ranks - 2 * N * first
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if "lora_" not in name)
+
+
+COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten.clone, torch.ops.aten.contiguous}
+
+
+class Copies(TorchDispatchMode):
+    """Counts casts and copies, and the numbers in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.numbers = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in COPIES:
+            self.calls += 1
+            self.numbers += out.numel()
+        return out
+
+
+def step_of(model, *, spared=True):
+    """Casts and copies of a micro-batch's two passes under bf16 autocast; the loss and every gradient."""
+    score, rows = SupervisedLoss(plain_elements=0), batch()
+    left = casts_left_to_autocast(layers_without_dropout(model)) if spared else contextlib.nullcontext()
+    with left:
+        with torch.autocast("cpu", torch.bfloat16):
+            score(model, rows)  # asks the model
+        with Copies() as copies:
+            with torch.autocast("cpu", torch.bfloat16):
+                total = score(model, rows).total
+            total.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return copies, [total.detach(), *gradients]
+
+
+def half_adapted(*, recompute=False, dropout=0.0):
+    """Every linear layer with an adapter, beside weights in bfloat16."""
+    model = llama().to(torch.bfloat16)
+    if recompute:
+        recompute_activations(model)
+    model = add_adapter(model, AdapterConfig(kind="lora", rank=R, dropout=dropout)).train()
+    torch.manual_seed(1)
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_adapters_input_is_not_cast_there_and_back_and_no_number_changes(recompute):
+    found = {spared: step_of(half_adapted(recompute=recompute), spared=spared) for spared in (False, True)}
+    assert all(torch.equal(one, other) for one, other in zip(found[True][1], found[False][1], strict=True))
+    # Up and down again for each of 7 layers forward; as many backward, but for q, k and v of the first layer, below
+    # which nothing trains.
+    least = 2 * 7 * LAYERS + 2 * (7 * LAYERS - 3)
+    assert found[False][0].calls - found[True][0].calls >= least
+
+
+def test_dropout_stays_in_the_format_of_the_adapter():
+    model = half_adapted(dropout=0.3)
+    assert layers_without_dropout(model) == []
+    assert len(layers_without_dropout(half_adapted())) == 7 * LAYERS
+
+
+def test_peft_casts_again_after_a_step_also_after_an_error():
+    model = half_adapted()
+    layers = layers_without_dropout(model)
+
+    def fail():
+        with casts_left_to_autocast(layers):
+            assert not any(layer.cast_input_dtype_enabled for layer in layers)
+            raise KeyError("step")
+
+    with pytest.raises(KeyError, match="step"):
+        fail()
+    assert all(layer.cast_input_dtype_enabled for layer in layers)
+
+
+def test_casts_and_copies_of_an_adapters_step_only_become_fewer():
+    copies, _ = step_of(half_adapted())
+    # A and B of each layer, and their gradients: float32 weights in bfloat16 products.
+    weights = 4 * 7 * LAYERS
+    # Each norm computes in float32, with bfloat16 before it and after it; below the first nothing trains.
+    norms = 2 * (2 * LAYERS + 1) + 2 * 2 * LAYERS
+    rest = 51  # attention's softmax and layouts, rotary angles, the loss in float32
+    assert copies.calls <= weights + norms + rest
