@@ -18,6 +18,7 @@ from src.adapters import add_adapter, casts_left_to_autocast, layers_without_dro
 from src.loss import SupervisedLoss
 from src.model import recompute_activations
 from src.noise import noisy_embeddings
+from tests.gpu_runs import build, small_model
 from utils.distributed import leave_group
 
 N, H, M, V, R, LAYERS, KEYS = 24, 32, 96, 80, 4, 4, 16
@@ -206,3 +207,20 @@ def test_casts_and_copies_of_an_adapters_step_only_become_fewer():
     norms = 2 * (2 * LAYERS + 1) + 2 * 2 * LAYERS
     rest = 51  # attention's softmax and layouts, rotary angles, the loss in float32
     assert copies.calls <= weights + norms + rest
+
+
+@pytest.mark.parametrize(("precision", "casts"), [("bf16", False), ("float32", True)])
+def test_a_run_leaves_casts_to_autocast_where_there_is_one(tmp_path, precision, casts):
+    model, seen = small_model(), []
+    recompute_activations(model)
+    model = add_adapter(model, AdapterConfig(kind="lora", rank=R))
+    trainer = build(tmp_path, model, precision=precision, steps=1)
+    layer = layers_without_dropout(model)[0]
+    # In training mode, and so in the step's two passes alone.
+    layer.register_forward_pre_hook(
+        lambda module, args: seen.append(module.cast_input_dtype_enabled) if module.training else None
+    )
+    trainer.train()
+    assert len(seen) >= 2  # micro-batches
+    assert set(seen) == {casts}
+    assert layer.cast_input_dtype_enabled
