@@ -1,8 +1,9 @@
-"""Measure the project beside its peers: the training step, the preparation of rows, and memory as rows grow.
+"""Measure the project beside its peers: the training step, its loss, the preparation of rows, and memory as rows grow.
 
 python scripts/benchmark.py step --preset cpu-15m --repeats 3    # how fast training steps are
 python scripts/benchmark.py gains                                # what each part of a step gains
 python scripts/benchmark.py growth                               # how time and memory grow with length and size
+python scripts/benchmark.py loss --repeats 5                     # how fast the head's loss and gradients are
 python scripts/benchmark.py data --repeats 3                     # how fast rows are prepared
 python scripts/benchmark.py scale                                # in how much memory a million rows are
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         match argv[:1]:
             case ["step"]:
                 from scripts.benchmarking.step import main as measure
+            case ["loss"]:
+                from scripts.benchmarking.loss_kernels import main as measure
             case ["data"]:
                 from scripts.benchmarking.preparation import main as measure
             case ["scale"]:

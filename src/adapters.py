@@ -3,8 +3,12 @@
 model = add_adapter(load_model(...), config.adapter)
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from config.schema import AdapterConfig
@@ -38,7 +42,42 @@ def add_adapter(
         use_rslora=config.rslora,
         revision=revision,
     )
-    return get_peft_model(model, settings)
+    # To recompute activations, transformers and PEFT each have the embeddings' output ask for a gradient, which only
+    # reentrant checkpoints need: the backward pass would go on below the first layer that has anything to train. Each
+    # is taken back on its own, as the second's hooks take the place of the first's in the model's list.
+    model.disable_input_require_grads()
+    adapted = get_peft_model(model, settings)
+    model.disable_input_require_grads()
+    return adapted
+
+
+def layers_without_dropout(model: torch.nn.Module) -> list[LoraLayer]:
+    """The layers that have LoRA matrices beside them, and no dropout before those."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return [
+        layer for layer in layers if not any(isinstance(part, torch.nn.Dropout) for part in layer.lora_dropout.values())
+    ]
+
+
+@contextmanager
+def casts_left_to_autocast(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """Have adapters take a layer's input in the number format that it comes in, while the context lasts.
+
+    PEFT casts it to that of the adapter's weights, float32, and autocast casts it back before the product: two copies
+    of the input forward and two backward for each layer, of which no number changes anything. Autocast must be on, and
+    what is computed again in the backward pass must be so within the context too.
+
+    Args:
+        layers: from `layers_without_dropout`; dropout in bfloat16 would scale by a factor that is rounded to 8 bits.
+    """
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 def check_patterns(model: torch.nn.Module, config: AdapterConfig) -> None:

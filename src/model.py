@@ -214,6 +214,12 @@ def load_model(
     except KeyError as error:
         raise UserError(f"the model's config names {error}, which transformers does not have; correct it") from error
     use_attention(model, config.attention, autocasts=autocasts)
+    if autocasts and not trains_all and config.dtype == "auto" and model.dtype == torch.float32:
+        log.warning(
+            "the frozen weights are held in float32, as the checkpoint has them, and autocast casts all of them in "
+            "every micro-batch; model.dtype=bfloat16 takes half their memory and no cast, but rounds what runs between "
+            "products and what adapter.modules_to_save trains to 8 bits too"
+        )
     needed, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if needed > rows:
         log.info("embeddings grow from %d to %d rows for tokens that are new to the checkpoint", rows, needed)

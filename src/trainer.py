@@ -26,7 +26,7 @@ from transformers.training_args import TrainingArguments
 
 from config.schema import OptimConfig
 from src.activations import offload_activations
-from src.adapters import count_parameters
+from src.adapters import casts_left_to_autocast, count_parameters, layers_without_dropout
 from src.attention import tell_borders
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
@@ -158,6 +158,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._loss = torch.zeros(2, dtype=wide, device=args.device)  # negative log-likelihood, objective
         self._steps = 0  # optimizer steps that `_loss` holds
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
+        self._adapted = layers_without_dropout(model) if args.bf16 or args.fp16 else []
         self.meter = self._new_meter()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
@@ -255,10 +256,10 @@ class SFTTrainer(OptimizerHooks, Trainer):
         return batches, counts[0]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's, both passes of one micro-batch, while activations wait where they are told to."""
-        if not self.activation_offload:
-            return super().training_step(*args, **kwargs)
-        with self._offload:
+        """As Trainer's, both passes of one micro-batch, without casts that autocast takes back, and while activations
+        wait where they are told to."""
+        waiting = self._offload if self.activation_offload else contextlib.nullcontext()
+        with casts_left_to_autocast(self._adapted), waiting:
             return super().training_step(*args, **kwargs)
 
     @functools.cached_property
@@ -316,7 +317,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Each row's summed loss and supervised tokens, both (B,), from which the exact mean is made at the end."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), casts_left_to_autocast(self._adapted):
             scored = self.score(model, inputs)
         nll_B = scored.nll.new_zeros(len(inputs["input_ids"])).index_add_(0, scored.row, scored.nll)
         tokens_B = (next_token_targets(inputs["labels"]) != IGNORED).sum(dim=1)

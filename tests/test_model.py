@@ -124,3 +124,12 @@ def test_the_stops_and_sampling_of_the_checkpoint_are_kept(tmp_path):
 def test_a_tokenizer_without_a_chat_template_stops_at_its_eos(tmp_path):
     model, tokenizer = load(write_checkpoint(tmp_path, tokenizer=toy_tokenizer(None)))
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"), [({}, True), ({"trains_all": True}, False), ({"dtype": "bfloat16"}, False)]
+)
+def test_frozen_weights_that_autocast_casts_in_every_micro_batch_are_told(tmp_path, caplog, fields, told):
+    checkpoint = write_checkpoint(tmp_path, vocabulary=320)  # float32
+    load(checkpoint, **{"trains_all": False} | fields)
+    assert ("model.dtype=bfloat16 takes half their memory" in caplog.text) == told
