@@ -44,6 +44,20 @@ def hugging_face_name(name: str) -> str:
     return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
 
 
+def shapes_by_meta_name(architecture: LlamaArchitecture) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by Meta's name, in the model's order; a tied head is not among them."""
+    layer_names = {theirs: own for own, theirs in _LAYER_NAMES.items()}
+    top_names = {theirs: own for own, theirs in _TOP_NAMES.items()}
+
+    def own_name(name: str) -> str:
+        parts = name.removeprefix("model.").removesuffix(".weight").split(".", 2)
+        if parts[0] == "layers":
+            return f"layers.{parts[1]}.{layer_names[parts[2]]}.weight"
+        return f"{top_names[name.removesuffix('.weight')]}.weight"
+
+    return {own_name(name): shape for name, shape in architecture.tensor_shapes().items()}
+
+
 def pairs_to_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows (H*D, ...) of a query or key projection from interleaved pairs to transformers' halves."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
