@@ -12,6 +12,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from src.checkpoints import meta
 from src.checkpoints.checkpoint import ReadOptions
 from src.checkpoints.convert import convert
+from src.checkpoints.llama2c_tokenizer import write_pieces
+from src.checkpoints.optional import optional
 from src.checkpoints.tiktoken_ranks import read_ranks
 from tests import meta_reference as reference
 from utils.errors import UserError
@@ -141,3 +143,27 @@ def test_a_bad_sentencepiece_model_is_refused(content, message, tmp_path):
     (tmp_path / "meta" / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match=message):
         convert(tmp_path / "meta", tmp_path / "hf", "hf", reading=told("2"))
+
+
+def test_a_token_beyond_the_pieces_is_refused_by_name(tmp_path):
+    reference.write(tmp_path / "meta", "2")
+    convert(tmp_path / "meta", tmp_path / "hf", "hf", reading=told("2"), check="none")
+    file = tmp_path / "hf" / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 319, "content": "<|im_end|>"})
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"added_tokens \['<\|im_end\|>'\] cannot be held by SentencePiece's pieces"):
+        convert(tmp_path / "hf", tmp_path / "back", "meta", check="none")
+    assert not (tmp_path / "back").exists()
+
+
+def test_ranks_are_refused_by_a_format_of_pieces(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(reference.ranks())
+    ranks = read_ranks(tmp_path / "tokenizer.model", ["<|begin_of_text|>"])
+    with pytest.raises(UserError, match="tokenizer=ranks of byte strings cannot be held by llama2c"):
+        write_pieces(ranks, tmp_path / "tokenizer.bin", 273)
+
+
+def test_an_absent_package_is_named_with_the_file_that_brings_it():
+    with pytest.raises(UserError, match=r"a test needs no_such_package.* pip install -r requirements/convert.txt"):
+        optional("no_such_package", "a test")

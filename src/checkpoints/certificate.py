@@ -7,9 +7,10 @@ source's own rounded to it. Then both are evaluated in float32, the source with 
 what is left is the rounding of two orders of summation. How far rounding weights moved the logits is told beside it.
 
 It proves agreement of two evaluations on a few texts and random rows. How independent they are depends on the source:
-for llama2.c the source is evaluated from its own file by `interleaved.interleaved_logits` and `ScoredPieces.encode`,
-which share no code with transformers and tokenizers, but rest on this project's reading of the file's layout. It says
-nothing about texts that are not here, about other number formats, or about the quality of the model.
+for llama2.c and Meta's shards the source is evaluated from its own files by `interleaved.interleaved_logits`, and
+tokenized by `ScoredPieces.encode`, SentencePiece or tiktoken, which share no code with transformers and tokenizers, but
+rest on this project's reading of the files' layout. It says nothing about texts that are not here, about other number
+formats, or about the quality of the model.
 """
 
 import importlib.metadata

@@ -100,8 +100,9 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
             f"{tokenizer_file} has {size} tokens, but {EMBEDDING} has {architecture.vocab_size} rows; give the "
             "tokenizer that the model was trained with"
         )
+    descriptions = [file for file in (path / "params.json", path / READING) if file.is_file()]
     checkpoint = Checkpoint(
-        inputs=(path / "params.json", *(shard.path for shard in shards), tokenizer_file),
+        inputs=(*descriptions, *(shard.path for shard in shards), tokenizer_file),
         architecture=architecture,
         tensors=to_hugging_face(architecture, tensors),
         tokenizer=tokenizer,
@@ -215,9 +216,13 @@ def _refuse_what_cannot_be_held(checkpoint: Checkpoint, sizes: LlamaArchitecture
     for name, tensor in checkpoint.tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise UserError(f"{name} is {tensor.dtype}; meta holds {', '.join(DTYPES)}: choose one with --dtype")
-    templates = isinstance(checkpoint.tokenizer, TokenizerFiles) and any(
-        path.name == "chat_template.jinja" for path in checkpoint.tokenizer.paths
-    )
+    files = checkpoint.tokenizer.paths if isinstance(checkpoint.tokenizer, TokenizerFiles) else ()
+    templates = [
+        path
+        for path in files
+        if path.name == "chat_template.jinja"
+        or (path.name == "tokenizer_config.json" and "chat_template" in read_json_object(path))
+    ]
     if templates or checkpoint.chat_template is not None:
         log.warning("meta holds no chat template; keep it, and give it with --chat-template on reading back")
     if checkpoint.generation.sampling:
