@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from src.checkpoints.certificate import CertificateError, Kind
 from src.checkpoints.checkpoint import ReadOptions, WriteOptions
 from src.checkpoints.convert import DTYPES, SOURCES, TARGETS, convert
+from src.checkpoints.meta_releases import RELEASES
 from utils.errors import UserError
 from utils.logging import set_up_logging
 
@@ -38,6 +39,14 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights written; left out: the source's")
     parser.add_argument("--shard-gib", type=float, default=1.0, help="most GiB of a weight file")
+    parser.add_argument(
+        "--shards", type=int, default=1, help="with --to meta: files that each hold a slice of a matrix"
+    )
+    parser.add_argument("--meta-version", choices=RELEASES, help="with --from meta: which Llama it is")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--instruct", action="store_true", default=None, help="with --from meta: the model that answers")
+    kind.add_argument("--base", dest="instruct", action="store_false", help="with --from meta: the base model")
+    parser.add_argument("--chat-template", type=Path, help="file of Jinja, where PATH holds no chat template")
     return parser.parse_args()
 
 
@@ -52,8 +61,15 @@ def main() -> int:
             arguments.output,
             arguments.target,
             source=arguments.source,
-            reading=ReadOptions(tokenizer=arguments.tokenizer),
-            writing=WriteOptions(dtype=arguments.dtype, shard_bytes=int(arguments.shard_gib * 2**30)),
+            reading=ReadOptions(
+                tokenizer=arguments.tokenizer,
+                meta_version=arguments.meta_version,
+                instruct=arguments.instruct,
+                chat_template=arguments.chat_template,
+            ),
+            writing=WriteOptions(
+                dtype=arguments.dtype, shard_bytes=int(arguments.shard_gib * 2**30), shards=arguments.shards
+            ),
             check=arguments.certificate,
         )
     except (UserError, OSError) as error:

@@ -18,6 +18,7 @@ import torch
 
 from src.checkpoints.architecture import Architecture, LlamaArchitecture
 from src.checkpoints.pieces import ScoredPieces
+from src.checkpoints.tiktoken_ranks import TiktokenRanks
 from utils.errors import UserError
 
 
@@ -100,6 +101,12 @@ class ReadOptions:
 
     tokenizer: Path | None = None
     """The tokenizer's file or folder, where the source does not hold it."""
+    meta_version: str | None = None
+    """Which Llama a folder of Meta's is: 1, 2, 3, 3.1 or 3.2. None: what its files say, where they do."""
+    instruct: bool | None = None
+    """Whether a folder of Meta's is the model that answers (True) or the base (False). None: as its files say."""
+    chat_template: Path | None = None
+    """A file of Jinja, where the source holds no chat template."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class WriteOptions:
     """Number format of the weights, by the target's name for it. None: the source's own, or the target's only one."""
     shard_bytes: int = 2**30
     """Most bytes of a weight file, where the target can have several."""
+    shards: int = 1
+    """Weight files that each hold a slice of every matrix, for as many processes."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +130,14 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, LazyTensor]
     """By Hugging Face name, with rotary pairs in halves as transformers has them."""
-    tokenizer: ScoredPieces | TokenizerFiles
+    tokenizer: ScoredPieces | TiktokenRanks | TokenizerFiles
     generation: Generation
     logits: Logits
     """The source's own evaluation."""
     encode: Callable[[str], list[int]]
     """The source's own tokenization, with the begin token in front."""
+    chat_template: str | None = None
+    """The Jinja of a tokenizer that is not in files of its own."""
 
     def tensors_in_order(self) -> Mapping[str, LazyTensor]:
         """The tensors in the model's order, where its architecture tells that, else in the source's."""

@@ -12,7 +12,6 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -40,9 +39,11 @@ from src.checkpoints.checkpoint import (
 )
 from src.checkpoints.evaluation import evaluation
 from src.checkpoints.json_files import read_json_object
+from src.checkpoints.pickles import pickled_tensors
 from src.checkpoints.pieces import ScoredPieces
+from src.checkpoints.tiktoken_ranks import TiktokenRanks
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import write_json, write_text
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES, _PICKLES_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -133,16 +134,9 @@ def _read_tensors(path: Path) -> tuple[list[Path], dict[str, LazyTensor]]:
 
 def _pickled_tensors(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a file that `torch.save` wrote; they stay in it, and no code of it is run."""
-    try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (EOFError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
-        raise UserError(
-            f"{file} is no whole file of tensors alone ({' '.join(str(error).split())[:300]}); give safetensors, or "
-            "a file that torch 1.6 or later saved"
-        ) from error
     return {
         name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
-        for name, tensor in content.items()
+        for name, tensor in pickled_tensors(file).items()
         if not name.endswith(".rotary_emb.inv_freq")
     }
 
@@ -216,7 +210,9 @@ def write(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> Roundi
         for path in checkpoint.tokenizer.paths:
             shutil.copyfile(path, folder / path.name)
     else:
-        _write_pieces(checkpoint.tokenizer, generation, checkpoint.architecture.max_position_embeddings, folder)
+        _write_tokenizer(checkpoint.tokenizer, generation, checkpoint.architecture.max_position_embeddings, folder)
+        if checkpoint.chat_template is not None:
+            write_text(folder / "chat_template.jinja", checkpoint.chat_template)
     return None if dtype is None else lambda name, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
@@ -243,19 +239,24 @@ def _write_tensors(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
         write_json(folder / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _write_pieces(pieces: ScoredPieces, generation: Generation, context: int, folder: Path) -> None:
+def _write_tokenizer(
+    tokenizer: ScoredPieces | TiktokenRanks, generation: Generation, context: int, folder: Path
+) -> None:
     """Write tokenizer.json and its config.
 
     The class is PreTrainedTokenizerFast, which takes tokenizer.json as it stands, its begin token in front included;
     LlamaTokenizer would replace its normalizer by one that drops the added space of a text that begins with a space.
     """
-    pieces.to_tokenizer().save(str(folder / "tokenizer.json"))
-    names = {"bos": pieces.bos_id, "eos": pieces.eos_id, "unk": pieces.unk_id, "pad": generation.pad_token_id}
+    backend = tokenizer.to_tokenizer()
+    backend.save(str(folder / "tokenizer.json"))
+    ids = {"bos": generation.bos_token_id, "eos": generation.stop_token_ids[0]}
+    ids |= {"unk": tokenizer.unk_id} if isinstance(tokenizer, ScoredPieces) else {}
+    ids |= {"pad": generation.pad_token_id}
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{name}_token": pieces.pieces[index] for name, index in names.items() if index is not None},
+            **{f"{name}_token": backend.id_to_token(index) for name, index in ids.items() if index is not None},
             "clean_up_tokenization_spaces": False,
             "model_max_length": context,
         },

@@ -17,6 +17,9 @@ from src.checkpoints.architecture import LlamaArchitecture
 from src.checkpoints.checkpoint import LazyTensor, Rounding, rounded
 from utils.errors import UserError
 
+HEAD_ROWS = 2**14
+"""Rows of the head that are multiplied together."""
+
 # Meta's name of a layer's tensor -> Hugging Face's
 _LAYER_NAMES = {
     "attention_norm": "input_layernorm",
@@ -42,6 +45,20 @@ def hugging_face_name(name: str) -> str:
     if parts[0] != "layers":
         return f"{_TOP_NAMES['.'.join(parts)]}.weight"
     return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
+
+
+def shapes_by_meta_name(architecture: LlamaArchitecture) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by Meta's name, in the model's order; a tied head is not among them."""
+    layer_names = {theirs: own for own, theirs in _LAYER_NAMES.items()}
+    top_names = {theirs: own for own, theirs in _TOP_NAMES.items()}
+
+    def own_name(name: str) -> str:
+        parts = name.removeprefix("model.").removesuffix(".weight").split(".", 2)
+        if parts[0] == "layers":
+            return f"layers.{parts[1]}.{layer_names[parts[2]]}.weight"
+        return f"{top_names[name.removesuffix('.weight')]}.weight"
+
+    return {own_name(name): shape for name, shape in architecture.tensor_shapes().items()}
 
 
 def pairs_to_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -108,15 +125,17 @@ def interleaved_logits(
         For each row float32 logits (T, V).
     """
     model = _Interleaved(architecture, rounded(tensors, rounding, hugging_face_name))
-    embedding_VC = model.weight("tok_embeddings")
-    states = [embedding_VC[torch.tensor(row)] for row in rows]
-    if not architecture.tie_word_embeddings:
-        del embedding_VC
+    # Float32 copies of a whole embedding and head would take more memory than all else.
+    embedding_VC = model.tensors["tok_embeddings.weight"].load()
+    states = [embedding_VC[torch.tensor(row)].float() for row in rows]
+    del embedding_VC
     for layer in range(architecture.num_hidden_layers):
         states = model.layer(f"layers.{layer}", states)
-    head_VC = embedding_VC if architecture.tie_word_embeddings else model.weight("output")
     final_C = model.weight("norm")
-    return [model.norm(states_TC, final_C) @ head_VC.T for states_TC in states]
+    normed = [model.norm(states_TC, final_C) for states_TC in states]
+    head_VC = model.tensors["tok_embeddings.weight" if architecture.tie_word_embeddings else "output.weight"].load()
+    parts = [[row_TC @ part_VC.float().T for row_TC in normed] for part_VC in head_VC.split(HEAD_ROWS)]
+    return [torch.cat(row_parts, dim=1) for row_parts in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
