@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from src.checkpoints.architecture import Architecture, LlamaArchitecture
+from src.checkpoints.characters import Characters
 from src.checkpoints.pieces import ScoredPieces
 from utils.errors import UserError
 
@@ -100,6 +101,8 @@ class ReadOptions:
 
     tokenizer: Path | None = None
     """The tokenizer's file or folder, where the source does not hold it."""
+    activation: str | None = None
+    """transformers' name of the feed-forward layers' activation, where the source does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,16 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, LazyTensor]
     """By Hugging Face name, with rotary pairs in halves as transformers has them."""
-    tokenizer: ScoredPieces | TokenizerFiles
+    tokenizer: ScoredPieces | Characters | TokenizerFiles
     generation: Generation
     logits: Logits
     """The source's own evaluation."""
     encode: Callable[[str], list[int]]
     """The source's own tokenization, with the begin token in front."""
+    characters: frozenset[str] | None = None
+    """The only characters that a text may have; None: any."""
+    check_family: Callable[[], None] | None = None
+    """Raises UserError where the tensors are not those of a family that `check_tensors` leaves to transformers."""
 
     def tensors_in_order(self) -> Mapping[str, LazyTensor]:
         """The tensors in the model's order, where its architecture tells that, else in the source's."""

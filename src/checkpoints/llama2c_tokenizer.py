@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from src.checkpoints.characters import Characters
 from src.checkpoints.checkpoint import TokenizerFiles
 from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_tokenizer, repeated_pieces
 from utils.errors import UserError
@@ -73,7 +74,7 @@ def _checked(path: Path, pieces: list[str], scores: list[float]) -> ScoredPieces
     return ScoredPieces(tuple(pieces), tuple(scores), 0, 1, 2, _FIRST_BYTE)
 
 
-def write_pieces(tokenizer: ScoredPieces | TokenizerFiles, path: Path, vocab_size: int) -> None:
+def write_pieces(tokenizer: ScoredPieces | Characters | TokenizerFiles, path: Path, vocab_size: int) -> None:
     """Write a tokenizer as llama2.c's file.
 
     Raises:
@@ -81,6 +82,8 @@ def write_pieces(tokenizer: ScoredPieces | TokenizerFiles, path: Path, vocab_siz
     """
     if isinstance(tokenizer, TokenizerFiles):
         tokenizer = pieces_of_tokenizer(tokenizer.tokenizer_json)
+    if isinstance(tokenizer, Characters):
+        raise UserError("the tokenizer cuts texts into characters, which llama2.c does not; choose another --to")
     if len(tokenizer.pieces) != vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer.pieces)} pieces and the model vocab_size={vocab_size}, which llama2.c "
