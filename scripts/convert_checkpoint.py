@@ -20,6 +20,7 @@ from src.checkpoints.certificate import CertificateError, Kind
 from src.checkpoints.checkpoint import ReadOptions, WriteOptions
 from src.checkpoints.convert import DTYPES, SOURCES, TARGETS, convert
 from src.checkpoints.meta_releases import RELEASES
+from src.checkpoints.nanogpt import ACTIVATIONS
 from utils.errors import UserError
 from utils.logging import set_up_logging
 
@@ -31,6 +32,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--from", dest="source", choices=SOURCES, help="format of PATH; left out: told from the files")
     parser.add_argument("--to", dest="target", choices=TARGETS, required=True, help="format to write")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file or folder, where PATH does not hold it")
+    parser.add_argument(
+        "--activation", choices=ACTIVATIONS, help="GELU of a nanoGPT model: exact, or by tanh before June 2023"
+    )
     parser.add_argument(
         "--certificate",
         choices=get_args(Kind),
@@ -66,6 +70,7 @@ def main() -> int:
                 meta_version=arguments.meta_version,
                 instruct=arguments.instruct,
                 chat_template=arguments.chat_template,
+                activation=arguments.activation,
             ),
             writing=WriteOptions(
                 dtype=arguments.dtype, shard_bytes=int(arguments.shard_gib * 2**30), shards=arguments.shards

@@ -161,7 +161,7 @@ class Runs:
 
 
 FAULTS = {
-    "cut short": (lambda f: cut_short(f / "consolidated.01.pth"), r"consolidated.01.pth is no whole file of tensors"),
+    "cut short": (lambda f: cut_short(f / "consolidated.01.pth"), r"consolidated.01.pth is no whole file that torch"),
     "first shard missing": (lambda f: (f / "consolidated.00.pth").unlink(), r"lacks \['consolidated.00.pth'\]"),
     "last shards missing": (
         lambda f: [(f / f"consolidated.0{shard}.pth").unlink() for shard in (2, 3)],
@@ -170,7 +170,7 @@ FAULTS = {
     "no shard": (lambda f: [file.unlink() for file in f.glob("*.pth")], r"lacks \['consolidated.00.pth'\]"),
     "code": (
         lambda f: change_shard(f, 2, lambda c: c.update(more=Runs(f))),
-        r"consolidated.02.pth is no whole file of tensors alone",
+        r"consolidated.02.pth holds .*, which is neither a plain value nor a tensor",
     ),
     "no tensor": (lambda f: change_shard(f, 2, lambda c: c.update(more=3)), "consolidated.02.pth: more is a int"),
     "tensor missing": (

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from src.checkpoints.architecture import Architecture, LlamaArchitecture
+from src.checkpoints.characters import Characters
 from src.checkpoints.pieces import ScoredPieces
 from src.checkpoints.tiktoken_ranks import TiktokenRanks
 from utils.errors import UserError
@@ -107,6 +108,8 @@ class ReadOptions:
     """Whether a folder of Meta's is the model that answers (True) or the base (False). None: as its files say."""
     chat_template: Path | None = None
     """A file of Jinja, where the source holds no chat template."""
+    activation: str | None = None
+    """transformers' name of the feed-forward layers' activation, where the source does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, LazyTensor]
     """By Hugging Face name, with rotary pairs in halves as transformers has them."""
-    tokenizer: ScoredPieces | TiktokenRanks | TokenizerFiles
+    tokenizer: ScoredPieces | TiktokenRanks | Characters | TokenizerFiles
     generation: Generation
     logits: Logits
     """The source's own evaluation."""
@@ -138,6 +141,10 @@ class Checkpoint:
     """The source's own tokenization, with the begin token in front."""
     chat_template: str | None = None
     """The Jinja of a tokenizer that is not in files of its own."""
+    characters: frozenset[str] | None = None
+    """The only characters that a text may have; None: any."""
+    check_family: Callable[[], None] | None = None
+    """Raises UserError where the tensors are not those of a family that `check_tensors` leaves to transformers."""
 
     def tensors_in_order(self) -> Mapping[str, LazyTensor]:
         """The tensors in the model's order, where its architecture tells that, else in the source's."""

@@ -3,13 +3,14 @@
 convert(Path("model.bin"), Path("outputs/model"), target="hf", reading=ReadOptions(tokenizer=Path("tokenizer.bin")))
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.checkpoints import certificate, hf, llama2c, meta
+from src.checkpoints import certificate, hf, llama2c, llama2c_training, meta, nanogpt
 from src.checkpoints.checkpoint import Checkpoint, ReadOptions, Rounding, WriteOptions
 from utils.errors import UserError
 from utils.files import whole_folder, write_json
@@ -43,12 +44,15 @@ SOURCES = {
     "hf": Source(hf.read, hf.recognises),
     "llama2c": Source(llama2c.read, llama2c.recognises),
     "meta": Source(meta.read, meta.recognises, options=meta.OPTIONS),
+    "llama2c-training": Source(llama2c_training.read, llama2c_training.recognises),
+    "nanogpt": Source(nanogpt.read, nanogpt.recognises, frozenset({"tokenizer", "activation"})),
 }
 TARGETS = {
     "hf": Target(hf.write, hf.read_back, dtypes=tuple(hf.DTYPES), options=frozenset({"shard_bytes"})),
     "llama2c": Target(llama2c.write_version_0, llama2c.read_back),
     "llama2c-v1": Target(llama2c.write_version_1, llama2c.read_back),
     "meta": Target(meta.write, meta.read_back, dtypes=tuple(meta.DTYPES), options=frozenset({"shards"})),
+    "llama2c-v2": Target(llama2c.write_version_2, llama2c.read_back),
 }
 
 
@@ -107,7 +111,8 @@ def convert(
     checkpoint = SOURCES[source].read(source_path, reading)
     with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as beside:
         inputs = beside.submit(certificate.fingerprints, checkpoint.inputs)
-        rounding = TARGETS[target].write(checkpoint, folder, writing)
+        with _told_when_full(output, folder):
+            rounding = TARGETS[target].write(checkpoint, folder, writing)
         written = sorted(path for path in folder.iterdir() if path.is_file())
         record = {
             "from": source,
@@ -119,6 +124,22 @@ def convert(
         }
         write_json(folder / "conversion.json", record)
     return record
+
+
+@contextlib.contextmanager
+def _told_when_full(output: Path, folder: Path) -> Iterator[None]:
+    """Raises: UserError, naming the file that could not be written, in place of what the libraries make of that."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and Path(error.filename).parent != folder:
+            raise
+        files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)  # a failed write names no file
+        name = Path(error.filename).name if error.filename else files[-1].name if files else "its first file"
+        raise UserError(
+            f"{output} was not written: {name} could not be ({error.strerror}); free space on its disk, or name "
+            "another folder"
+        ) from error
 
 
 def _check_options(source: str, reading: ReadOptions, target: str, writing: WriteOptions) -> None:

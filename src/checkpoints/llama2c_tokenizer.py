@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from src.checkpoints.characters import Characters
 from src.checkpoints.checkpoint import TokenizerFiles
 from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_tokenizer, repeated_pieces
 from src.checkpoints.tiktoken_ranks import TiktokenRanks
@@ -74,7 +75,9 @@ def _checked(path: Path, pieces: list[str], scores: list[float]) -> ScoredPieces
     return ScoredPieces(tuple(pieces), tuple(scores), 0, 1, 2, _FIRST_BYTE)
 
 
-def write_pieces(tokenizer: ScoredPieces | TiktokenRanks | TokenizerFiles, path: Path, vocab_size: int) -> None:
+def write_pieces(
+    tokenizer: ScoredPieces | TiktokenRanks | Characters | TokenizerFiles, path: Path, vocab_size: int
+) -> None:
     """Write a tokenizer as llama2.c's file.
 
     Raises:
@@ -86,6 +89,8 @@ def write_pieces(tokenizer: ScoredPieces | TiktokenRanks | TokenizerFiles, path:
         raise UserError(
             "tokenizer=ranks of byte strings cannot be held by llama2c, which has pieces; choose another --to"
         )
+    if isinstance(tokenizer, Characters):
+        raise UserError("the tokenizer cuts texts into characters, which llama2.c does not; choose another --to")
     if len(tokenizer.pieces) != vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer.pieces)} pieces and the model vocab_size={vocab_size}, which llama2.c "
