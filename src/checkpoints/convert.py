@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.checkpoints import certificate, hf, llama2c
+from src.checkpoints import certificate, gguf, hf, llama2c
 from src.checkpoints.checkpoint import Checkpoint, ReadOptions, Rounding, WriteOptions
 from utils.errors import UserError
 from utils.files import whole_folder, write_json
@@ -42,11 +42,13 @@ class Target:
 SOURCES = {
     "hf": Source(hf.read, hf.recognises),
     "llama2c": Source(llama2c.read, llama2c.recognises),
+    "gguf": Source(gguf.read, gguf.recognises, options=frozenset()),
 }
 TARGETS = {
     "hf": Target(hf.write, hf.read_back, dtypes=tuple(hf.DTYPES), options=frozenset({"shard_bytes"})),
     "llama2c": Target(llama2c.write_version_0, llama2c.read_back),
     "llama2c-v1": Target(llama2c.write_version_1, llama2c.read_back),
+    "gguf": Target(gguf.write, gguf.read_back, dtypes=tuple(gguf.DTYPES)),
 }
 
 

@@ -33,6 +33,7 @@ from src.checkpoints.checkpoint import (
     Checkpoint,
     Generation,
     LazyTensor,
+    MadeTokenizer,
     ReadOptions,
     Rounding,
     TokenizerFiles,
@@ -42,7 +43,7 @@ from src.checkpoints.evaluation import evaluation
 from src.checkpoints.json_files import read_json_object
 from src.checkpoints.pieces import ScoredPieces
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import write_json, write_text
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES, _PICKLES_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -215,6 +216,9 @@ def write(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> Roundi
     if isinstance(checkpoint.tokenizer, TokenizerFiles):
         for path in checkpoint.tokenizer.paths:
             shutil.copyfile(path, folder / path.name)
+    elif isinstance(checkpoint.tokenizer, MadeTokenizer):
+        for name, text in checkpoint.tokenizer.texts.items():
+            write_text(folder / name, text)
     else:
         _write_pieces(checkpoint.tokenizer, generation, checkpoint.architecture.max_position_embeddings, folder)
     return None if dtype is None else lambda name, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor

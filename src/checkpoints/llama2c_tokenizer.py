@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src.checkpoints.checkpoint import TokenizerFiles
-from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_tokenizer, repeated_pieces
+from src.checkpoints.checkpoint import MadeTokenizer, TokenizerFiles
+from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_content, pieces_of_tokenizer, repeated_pieces
 from utils.errors import UserError
 
 _CONTROLS = ("<unk>", "<s>", "</s>")
@@ -73,7 +73,7 @@ def _checked(path: Path, pieces: list[str], scores: list[float]) -> ScoredPieces
     return ScoredPieces(tuple(pieces), tuple(scores), 0, 1, 2, _FIRST_BYTE)
 
 
-def write_pieces(tokenizer: ScoredPieces | TokenizerFiles, path: Path, vocab_size: int) -> None:
+def write_pieces(tokenizer: ScoredPieces | TokenizerFiles | MadeTokenizer, path: Path, vocab_size: int) -> None:
     """Write a tokenizer as llama2.c's file.
 
     Raises:
@@ -81,6 +81,8 @@ def write_pieces(tokenizer: ScoredPieces | TokenizerFiles, path: Path, vocab_siz
     """
     if isinstance(tokenizer, TokenizerFiles):
         tokenizer = pieces_of_tokenizer(tokenizer.tokenizer_json)
+    elif isinstance(tokenizer, MadeTokenizer):
+        tokenizer = pieces_of_content("the tokenizer", tokenizer.tokenizer_json)
     if len(tokenizer.pieces) != vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer.pieces)} pieces and the model vocab_size={vocab_size}, which llama2.c "
