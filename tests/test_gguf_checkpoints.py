@@ -256,7 +256,7 @@ def travelled(tmp_path_factory, request):
     small = SIZES | {"vocab_size": len(tokenizer) + 7, "hidden_size": 16, "num_hidden_layers": 1}
     small |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     save(folder / "a", LlamaConfig(**small), tokenizer)
-    convert(folder / "a", folder / "b", "gguf", check="tensors")
+    convert(folder / "a", folder / "b", "gguf", check="none")  # the next step reads it
     convert(folder / "b" / "model.gguf", folder / "c", "hf", check="tensors")
     return request.param, folder
 
@@ -277,7 +277,7 @@ def test_special_tokens_and_chat_template_travel(travelled):
     before, after = (AutoTokenizer.from_pretrained(folder / name) for name in "ac")
     for role in ("bos_token_id", "eos_token_id", "chat_template"):
         assert getattr(before, role) == getattr(after, role), role
-    held = [token for token in SPECIAL if token in before.get_vocab()]
+    held = [token for token in SPECIAL if token in before.get_added_vocab()]
     assert held
     text = "a".join(held) + " b"
     assert before(text).input_ids == after(text).input_ids
@@ -486,7 +486,7 @@ def test_llama_cpp_gives_the_ids_of_its_own_vectors(travelled):
     for text, expected in vectors(name.split()[0]):
         assert model.tokenize(text.encode(), add_bos=False, special=False) == expected, text
     tokenizer = AutoTokenizer.from_pretrained(folder / "a")
-    for token in (token for token in SPECIAL if token in tokenizer.get_vocab()):
+    for token in (token for token in SPECIAL if token in tokenizer.get_added_vocab()):
         assert model.tokenize(token.encode(), add_bos=False, special=True) == [tokenizer.get_vocab()[token]]
     assert model.token_bos() == tokenizer.bos_token_id or tokenizer.bos_token_id is None
     assert model.token_eos() == tokenizer.eos_token_id
