@@ -97,12 +97,13 @@ def _lazy(path: Path, tensor: Any) -> LazyTensor:
         _check_readable(path, name, kind)
 
     def load() -> torch.Tensor:
-        content = np.fromfile(path, np.uint8, size, offset=offset)
-        if len(content) != size:
+        if path.stat().st_size < offset + size:
             raise UserError(f"{path} is cut short within {name}; fetch it again")
         if plain is not None:
-            return torch.from_numpy(content).view(plain).reshape(shape)
-        return torch.from_numpy(dequantized(content, kind)).reshape(shape)
+            return torch.from_numpy(np.fromfile(path, np.uint8, size, offset=offset)).view(plain).reshape(shape)
+        # Blocks stay in the file, so that memory holds the float32 weights alone.
+        blocks = np.asarray(np.memmap(path, np.uint8, "r", offset, (size,)))
+        return torch.from_numpy(dequantized(blocks, kind)).reshape(shape)
 
     return LazyTensor(shape, plain or torch.float32, load)
 
