@@ -9,6 +9,7 @@ cannot hold.
     checkpoint.tensors["model.norm.weight"].load()
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,6 +86,22 @@ class TokenizerFiles:
 
 
 @dataclass(frozen=True)
+class MadeTokenizer:
+    """A tokenizer in Hugging Face's own files that another format's vocabulary was made into."""
+
+    texts: Mapping[str, str] = field(hash=False)
+    """The content of tokenizer.json, tokenizer_config.json and perhaps chat_template.jinja by these names."""
+
+    @property
+    def tokenizer_json(self) -> dict[str, Any]:
+        """Vocabulary, merges and every step of tokenization."""
+        return json.loads(self.texts["tokenizer.json"])
+
+
+AnyTokenizer = ScoredPieces | TiktokenRanks | Characters | TokenizerFiles | MadeTokenizer
+
+
+@dataclass(frozen=True)
 class Generation:
     """How text is drawn from the model: the ids of the tokens that bound it."""
 
@@ -133,7 +150,7 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, LazyTensor]
     """By Hugging Face name, with rotary pairs in halves as transformers has them."""
-    tokenizer: ScoredPieces | TiktokenRanks | Characters | TokenizerFiles
+    tokenizer: AnyTokenizer
     generation: Generation
     logits: Logits
     """The source's own evaluation."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.checkpoints import certificate, hf, llama2c, llama2c_training, meta, nanogpt
+from src.checkpoints import certificate, gguf, hf, llama2c, llama2c_training, meta, nanogpt
 from src.checkpoints.checkpoint import Checkpoint, ReadOptions, Rounding, WriteOptions
 from utils.errors import UserError
 from utils.files import whole_folder, write_json
@@ -46,6 +46,7 @@ SOURCES = {
     "meta": Source(meta.read, meta.recognises, options=meta.OPTIONS),
     "llama2c-training": Source(llama2c_training.read, llama2c_training.recognises),
     "nanogpt": Source(nanogpt.read, nanogpt.recognises, frozenset({"tokenizer", "activation"})),
+    "gguf": Source(gguf.read, gguf.recognises, options=frozenset()),
 }
 TARGETS = {
     "hf": Target(hf.write, hf.read_back, dtypes=tuple(hf.DTYPES), options=frozenset({"shard_bytes"})),
@@ -53,6 +54,7 @@ TARGETS = {
     "llama2c-v1": Target(llama2c.write_version_1, llama2c.read_back),
     "meta": Target(meta.write, meta.read_back, dtypes=tuple(meta.DTYPES), options=frozenset({"shards"})),
     "llama2c-v2": Target(llama2c.write_version_2, llama2c.read_back),
+    "gguf": Target(gguf.write, gguf.read_back, dtypes=tuple(gguf.DTYPES)),
 }
 
 

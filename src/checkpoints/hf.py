@@ -30,7 +30,7 @@ from src.checkpoints.architecture import (
     OtherArchitecture,
     beyond_llama,
 )
-from src.checkpoints.characters import Characters, only_characters
+from src.checkpoints.characters import only_characters
 from src.checkpoints.checkpoint import (
     Checkpoint,
     Generation,
@@ -41,10 +41,9 @@ from src.checkpoints.checkpoint import (
     WriteOptions,
 )
 from src.checkpoints.evaluation import evaluation
+from src.checkpoints.hf_tokenizer import made_tokenizer
 from src.checkpoints.json_files import read_json_object
 from src.checkpoints.pickles import pickled_tensors
-from src.checkpoints.pieces import ScoredPieces
-from src.checkpoints.tiktoken_ranks import TiktokenRanks
 from utils.errors import UserError
 from utils.files import write_json, write_text
 from utils.logging import get_logger
@@ -314,9 +313,8 @@ def write(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> Roundi
         for path in checkpoint.tokenizer.paths:
             shutil.copyfile(path, folder / path.name)
     else:
-        _write_tokenizer(checkpoint.tokenizer, generation, checkpoint.architecture.max_position_embeddings, folder)
-        if checkpoint.chat_template is not None:
-            write_text(folder / "chat_template.jinja", checkpoint.chat_template)
+        for name, text in made_tokenizer(checkpoint).texts.items():
+            write_text(folder / name, text)
     return None if dtype is None else lambda name, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
@@ -344,32 +342,6 @@ def _write_tensors(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
         (folder / filename).chmod(0o644)  # safetensors makes files that only their owner may read
     if split.is_sharded:
         write_json(folder / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-
-
-def _write_tokenizer(
-    tokenizer: ScoredPieces | TiktokenRanks | Characters, generation: Generation, context: int, folder: Path
-) -> None:
-    """Write tokenizer.json and its config.
-
-    The class is PreTrainedTokenizerFast, which takes tokenizer.json as it stands, its begin token in front included;
-    LlamaTokenizer would replace its normalizer by one that drops the added space of a text that begins with a space.
-    """
-    backend = tokenizer.to_tokenizer()
-    backend.save(str(folder / "tokenizer.json"))
-    ids: dict[str, int | None] = {}
-    if not isinstance(tokenizer, Characters):  # which have no special tokens
-        ids = {"bos": generation.bos_token_id, "eos": next(iter(generation.stop_token_ids), None)}
-        ids |= {"unk": tokenizer.unk_id} if isinstance(tokenizer, ScoredPieces) else {}
-        ids |= {"pad": generation.pad_token_id}
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{name}_token": backend.id_to_token(index) for name, index in ids.items() if index is not None},
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": context,
-        },
-    )
 
 
 def read_back(folder: Path) -> Checkpoint:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from src.checkpoints.characters import Characters
-from src.checkpoints.checkpoint import TokenizerFiles
-from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_tokenizer, repeated_pieces
+from src.checkpoints.checkpoint import AnyTokenizer, MadeTokenizer, TokenizerFiles
+from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_content, pieces_of_tokenizer, repeated_pieces
 from src.checkpoints.tiktoken_ranks import TiktokenRanks
 from utils.errors import UserError
 
@@ -75,9 +75,7 @@ def _checked(path: Path, pieces: list[str], scores: list[float]) -> ScoredPieces
     return ScoredPieces(tuple(pieces), tuple(scores), 0, 1, 2, _FIRST_BYTE)
 
 
-def write_pieces(
-    tokenizer: ScoredPieces | TiktokenRanks | Characters | TokenizerFiles, path: Path, vocab_size: int
-) -> None:
+def write_pieces(tokenizer: AnyTokenizer, path: Path, vocab_size: int) -> None:
     """Write a tokenizer as llama2.c's file.
 
     Raises:
@@ -85,6 +83,8 @@ def write_pieces(
     """
     if isinstance(tokenizer, TokenizerFiles):
         tokenizer = pieces_of_tokenizer(tokenizer.tokenizer_json)
+    elif isinstance(tokenizer, MadeTokenizer):
+        tokenizer = pieces_of_content("the tokenizer", tokenizer.tokenizer_json)
     if isinstance(tokenizer, TiktokenRanks):
         raise UserError(
             "tokenizer=ranks of byte strings cannot be held by llama2c, which has pieces; choose another --to"

@@ -15,9 +15,12 @@ from pathlib import Path
 import torch
 
 from src.checkpoints.architecture import LlamaArchitecture, as_llama
+from src.checkpoints.characters import Characters
 from src.checkpoints.checkpoint import (
+    AnyTokenizer,
     Checkpoint,
     Generation,
+    MadeTokenizer,
     ReadOptions,
     Rounding,
     TokenizerFiles,
@@ -45,9 +48,9 @@ from src.checkpoints.meta_shards import (
     tensor_of,
     write_shards,
 )
-from src.checkpoints.pieces import ScoredPieces, pieces_of_tokenizer
+from src.checkpoints.pieces import ScoredPieces, pieces_of_content
 from src.checkpoints.sentencepiece_model import read_model, write_model
-from src.checkpoints.tiktoken_ranks import TiktokenRanks, is_ranks, ranks_of_tokenizer, read_ranks, write_ranks
+from src.checkpoints.tiktoken_ranks import TiktokenRanks, is_ranks, ranks_of_content, read_ranks, write_ranks
 from utils.errors import UserError
 from utils.files import write_json
 from utils.logging import get_logger
@@ -229,19 +232,20 @@ def _refuse_what_cannot_be_held(checkpoint: Checkpoint, sizes: LlamaArchitecture
         log.warning("meta holds no sampling settings: %s are left out", dict(checkpoint.generation.sampling))
 
 
-def _tokenizer_to_write(tokenizer: ScoredPieces | TiktokenRanks | TokenizerFiles) -> ScoredPieces | TiktokenRanks:
-    if not isinstance(tokenizer, TokenizerFiles):
+def _tokenizer_to_write(tokenizer: AnyTokenizer) -> ScoredPieces | TiktokenRanks:
+    if isinstance(tokenizer, Characters):
+        raise UserError("the tokenizer cuts texts into characters, which no model of Meta's does; choose another --to")
+    if isinstance(tokenizer, ScoredPieces | TiktokenRanks):
         return tokenizer
-    content = read_json_object(tokenizer.tokenizer_json)
+    made = isinstance(tokenizer, MadeTokenizer)
+    name = "the tokenizer" if made else str(tokenizer.tokenizer_json)
+    content = tokenizer.tokenizer_json if made else read_json_object(tokenizer.tokenizer_json)
     if not content["model"].get("byte_fallback"):
-        return ranks_of_tokenizer(tokenizer.tokenizer_json)
-    pieces = pieces_of_tokenizer(tokenizer.tokenizer_json)
+        return ranks_of_content(name, content)
+    pieces = pieces_of_content(name, content)
     controls = {pieces.pieces[index] for index in (pieces.unk_id, pieces.bos_id, pieces.eos_id)}
     if more := sorted({token["content"] for token in content.get("added_tokens", ())} - controls):
-        raise UserError(
-            f"{tokenizer.tokenizer_json}: added_tokens {more} cannot be held by SentencePiece's pieces; choose "
-            "another --to"
-        )
+        raise UserError(f"{name}: added_tokens {more} cannot be held by SentencePiece's pieces; choose another --to")
     return pieces
 
 

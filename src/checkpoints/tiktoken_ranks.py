@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from src.checkpoints.json_files import read_json_object
 from src.checkpoints.optional import optional
 from src.token_bytes import byte_alphabet
 from utils.errors import UserError
@@ -144,7 +143,7 @@ def read_ranks(path: Path, special_tokens: Sequence[str]) -> TiktokenRanks:
     return _checked(path, tokens, special_tokens)
 
 
-def _checked(path: Path, tokens: Sequence[bytes], special_tokens: Sequence[str]) -> TiktokenRanks:
+def _checked(path: Path | str, tokens: Sequence[bytes], special_tokens: Sequence[str]) -> TiktokenRanks:
     known = set(tokens)
     if len(known) != len(tokens) or b"" in known:
         raise UserError(f"{path} has a token twice or an empty one; give a tokenizer whose tokens differ")
@@ -159,13 +158,14 @@ def write_ranks(ranks: TiktokenRanks, path: Path) -> None:
     path.write_bytes(b"".join(lines))
 
 
-def ranks_of_tokenizer(path: Path) -> TiktokenRanks:
-    """Recover ranks from a `tokenizer.json` of the kind that `TiktokenRanks.to_tokenizer` gives.
+def ranks_of_content(path: str, content: Mapping[str, Any]) -> TiktokenRanks:
+    """Recover ranks from what a `tokenizer.json` of the kind that `TiktokenRanks.to_tokenizer` gives holds.
 
+    Args:
+        path: the file, for messages.
     Raises:
         UserError: a part of the tokenizer is beyond ranks; the part is named.
     """
-    content = read_json_object(path)
     model = content["model"]
     _refuse_other_steps(path, content)
     ids: Mapping[str, int] = model["vocab"]
@@ -191,7 +191,7 @@ def ranks_of_tokenizer(path: Path) -> TiktokenRanks:
     return ranks
 
 
-def _refuse_other_steps(path: Path, content: Mapping[str, Any]) -> None:
+def _refuse_other_steps(path: str, content: Mapping[str, Any]) -> None:
     """Compare the model's kind and the steps before it with those of ranks."""
     model = content["model"]
     expected = {
