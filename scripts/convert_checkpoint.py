@@ -37,7 +37,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--certificate",
-        choices=get_args(Kind),
+        choices=(*get_args(Kind), "none"),
         default="logits",
         help="how the result is compared with the source: every tensor, token ids and logits; or without logits",
     )

@@ -44,26 +44,24 @@ RELATIVE_TOLERANCE = 1e-4
 RANDOM_ROWS, RANDOM_TOKENS = 2, 24
 COMPARED = 2**24  # values
 
-Kind = Literal["logits", "tensors", "none"]
-"""`logits`: tensors, token ids and evaluations are compared; `tensors`: tensors and token ids; `none`: nothing."""
+Kind = Literal["logits", "tensors"]
+"""`logits`: tensors, token ids and evaluations are compared; `tensors`: tensors and token ids."""
 
 
 class CertificateError(RuntimeError):
     """What was written does not do what the source does."""
 
 
-def compare(source: Checkpoint, written: Checkpoint, rounding: Rounding | None, kind: Kind) -> dict[str, Any] | None:
+def compare(source: Checkpoint, written: Checkpoint, rounding: Rounding | None, kind: Kind) -> dict[str, Any]:
     """Compare what was written with its source.
 
     Args:
         rounding: how the target rounds weights; None: it does not.
     Returns:
-        The figures, ready for conversion.json; None for kind `none`.
+        The figures, ready for conversion.json.
     Raises:
         CertificateError: they differ; the message says where and by how much.
     """
-    if kind == "none":
-        return None
     figures: dict[str, Any] = {
         "kind": kind,
         **_compare_tensors(source, written, rounding),
