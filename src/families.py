@@ -101,29 +101,20 @@ def settings_read_by(settings: PreTrainedConfig) -> set[str]:
     return names | {name for pair in re.findall(r'config, "(\w+)"|config\.(\w+)', code) for name in pair if name}
 
 
-def check_code(source: str, revision: str | None, *, trusted: bool) -> None:
-    """Make sure that no code of a checkpoint runs but what is trusted and known.
+def check_code(source: str, revision: str | None) -> None:
+    """Make sure that trusted code of a checkpoint is known: that it stands beside it.
 
     The code in a folder on this machine is what stands there. That of a Hub checkpoint is known by the commit of
     `model.revision`, which says nothing of code that is taken from another repository.
 
     Args:
         source: a folder or a Hub id.
-        trusted: `model.trust_remote_code`.
     Raises:
-        UserError: the checkpoint needs code that is not trusted, or that stands in another repository.
+        UserError: code would be taken from another repository.
     """
-    found = _config_of(source, revision)
-    maps = [found.get("auto_map"), get_tokenizer_config(source, revision=revision).get("auto_map")]
-    if not trusted:
-        if found.get("auto_map") and found.get("model_type") not in CONFIG_MAPPING:
-            raise UserError(
-                f"model.path={source} brings code of its own for '{found.get('model_type')}', which transformers does "
-                "not have; read that code, and if it may run here, set model.trust_remote_code=true, and for a Hub id "
-                "model.revision to the full hash of the commit that you have read"
-            )
-        return
-    elsewhere = sorted({name.split("--")[0] for part in maps for name in _names_in(part) if "--" in name})
+    found = (_config_of(source, revision), get_tokenizer_config(source, revision=revision))
+    names = [name for part in found for name in _names_in(part.get("auto_map"))]
+    elsewhere = sorted({name.split("--")[0] for name in names if "--" in name})
     if elsewhere:
         raise UserError(
             f"{source} takes its code from another repository, {', '.join(elsewhere)}, where it may change any day; "
@@ -131,11 +122,26 @@ def check_code(source: str, revision: str | None, *, trusted: bool) -> None:
         )
 
 
+def refuse_own_code(source: str, revision: str | None) -> None:
+    """Say what a checkpoint needs that could not be read without running code of its own, if that is so.
+
+    Raises:
+        UserError: it is of a kind that transformers does not have, and brings code for it.
+    """
+    found = _config_of(source, revision)
+    if found.get("auto_map") and found.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.path={source} brings code of its own for '{found.get('model_type')}', which transformers does not "
+            "have; read that code, and if it may run here, set model.trust_remote_code=true, and for a Hub id "
+            "model.revision to the full hash of the commit that you have read"
+        )
+
+
 def _config_of(source: str, revision: str | None) -> dict[str, Any]:
     try:
         return PreTrainedConfig.get_config_dict(source, revision=revision)[0]
     except (OSError, ValueError):
-        return {}  # no config: whoever loads it tells
+        return {}  # there is none, which whoever loads it tells
 
 
 def _names_in(value: Any) -> list[str]:

@@ -28,7 +28,7 @@ from transformers import (
 from config.schema import ModelConfig
 from src.attention import DOCUMENTS
 from src.attention_choice import use_attention
-from src.families import check_code, check_family, settings_read_by
+from src.families import check_code, check_family, refuse_own_code, settings_read_by
 from src.generation import set_stops
 from src.tokenizer_check import check_ids, check_saved
 from utils.distributed import accelerator_name
@@ -62,7 +62,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         # `model.revision` tells which code the checkpoint brings, and nothing of that of another repository.
         trusted = config.trust_remote_code and (source == config.path or Path(source).is_dir())
         if trusted:
-            check_code(source, revision, trusted=True)
+            check_code(source, revision)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trusted)
         except (OSError, ValueError) as error:
@@ -118,14 +118,19 @@ def load_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         check_saved(tokenizer, settings)
         return settings
     _check_local(config.path, "model.path", "config.json")
-    check_code(config.path, config.revision, trusted=config.trust_remote_code)
+    if config.trust_remote_code:
+        check_code(config.path, config.revision)
     try:
         settings = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, StrictDataclassError) as error:
+        if not config.trust_remote_code:
+            refuse_own_code(config.path, config.revision)
         raise UserError(f"model.path={config.path} could not be read: {_in_one_line(error)}") from error
     check_family(settings, f"model.path={config.path}")
+    if config.tokenizer is not None and not getattr(settings, "auto_map", None):
+        check_saved(tokenizer, settings)
     rows, own = settings.get_text_config().vocab_size, _own_size(tokenizer, config)
     if rows < own:
         raise UserError(

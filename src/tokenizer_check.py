@@ -82,8 +82,8 @@ def check_saved(tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig) 
         raise UserError(
             f"the tokenizer of a '{settings.model_type}' is loaded as {type(loaded).__name__} by transformers, which "
             f"reads {differing[0]!r} in another way than the tokenizer of this run: nobody could load the result as it "
-            f"was trained. Give model.architecture.model_type another value, such as llama, or a tokenizer of a "
-            f"'{settings.model_type}'"
+            f"was trained. Give model.tokenizer one that was made for a '{settings.model_type}', or a model of another "
+            "kind, such as llama"
         )
 
 

@@ -84,11 +84,13 @@ def logits_of(model):
     return model.eval()(input_ids=ids, use_cache=False).logits
 
 
-def assert_learned_as_loaded(run, in_memory, loaded):
-    """The metrics are those of a training, and the loaded model computes what the trained one did."""
+def assert_learned_as_loaded(run, in_memory, loaded, *, routed):
+    """The metrics are those of a training, of a model of experts if `routed`, and the loaded model computes what the
+    trained one did."""
     lines = [line for line in metrics_of(run) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    assert all(("router_aux_loss" in line) == routed for line in lines)
     # Attention of plain transformers sums in another order.
     torch.testing.assert_close(logits_of(loaded), in_memory, rtol=1e-4, atol=1e-4)
 
@@ -108,8 +110,8 @@ def test_a_family_trains_and_its_result_loads_as_it_was(tmp_path, family):
     tokenizer = qwen2_tokenizer(tmp_path / "tokenizer") if family == "qwen2" else {}
     architecture = {"architecture": architecture_of(family)}
     run, in_memory, done = train_family(tmp_path / "full", model=architecture | tokenizer)
-    base = run / "model"
-    assert_learned_as_loaded(run, in_memory, AutoModelForCausalLM.from_pretrained(base))
+    base, routed = run / "model", family in ("mixtral", "qwen3_moe", "gpt_oss")
+    assert_learned_as_loaded(run, in_memory, AutoModelForCausalLM.from_pretrained(base), routed=routed)
     assert "is unknown, so those of a whole batch's" not in done.stderr
     assert json.loads((run / "result.json").read_text())["packing"]
 
@@ -118,7 +120,7 @@ def test_a_family_trains_and_its_result_loads_as_it_was(tmp_path, family):
         model=from_checkpoint(base),
         adapter={"kind": "lora", "rank": 2},
     )
-    assert_learned_as_loaded(run, in_memory, AutoPeftModelForCausalLM.from_pretrained(run / "model"))
+    assert_learned_as_loaded(run, in_memory, AutoPeftModelForCausalLM.from_pretrained(run / "model"), routed=routed)
     assert AutoTokenizer.from_pretrained(run / "model").chat_template
 
 
@@ -127,6 +129,8 @@ def test_a_tokenizer_that_is_loaded_as_another_one_beside_the_model_is_refused(t
     done = run_train("--config", recipe)
     assert done.code == 2
     assert "the tokenizer of a 'qwen2' is loaded as Qwen2Tokenizer by transformers" in done.stderr
+    write_config(tmp_path / "base", "qwen2")
+    assert "is loaded as Qwen2Tokenizer" in refusal_of(tmp_path / "base", tokenizer=str(tmp_path / "tokenizer.json"))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +293,9 @@ def test_own_code_of_a_checkpoint_does_not_run_unless_it_is_trusted(tmp_path):
     done = run_train("--config", recipe)
     assert done.code == 0, done.stderr
     assert mark.exists()
+    result = tmp_path / "outputs" / "run" / "model"
+    loaded = AutoModelForCausalLM.from_pretrained(result, trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
 
 
 def test_own_code_of_a_kind_that_transformers_has_is_left_alone(tmp_path):

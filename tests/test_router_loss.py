@@ -12,6 +12,7 @@ from src.compilation import compile_layers
 from src.loss import SupervisedLoss
 from src.packing import PackCollator
 from src.router_loss import RouterLoss
+from tests.gpu_runs import DEVICE, ON_GPU, autocast
 from tests.test_loss import VOCABULARY, assert_equal_gradients, batch_of, gradients, wrapped
 from tests.test_trainer import train, uneven_rows
 from tests.tiny_run import ARCHITECTURE, metrics_of, run_train, write_recipe
@@ -126,6 +127,22 @@ def test_a_model_whose_own_loss_is_another_one_is_refused(monkeypatch):
     monkeypatch.setattr(RouterLoss, "of_output", lambda *_: torch.tensor(7.0))
     with pytest.raises(UserError, match=r"computes another auxiliary loss of its routers .*router_aux_loss=0"):
         SupervisedLoss()(model, batch_of())
+
+
+@ON_GPU[0]
+@ON_GPU[1]
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_micro_batch_has_the_loss_of_transformers_on_a_gpu(name, precision):
+    model, batch = routed(name).to(DEVICE), {key: tensor.to(DEVICE) for key, tensor in batch_of().items()}
+    with autocast(precision):
+        scored, own = SupervisedLoss()(model, batch), own_loss(model, batch)
+    # Both have the routers' logits of one computation, and sum in float32; other products have 8 bits in bf16.
+    torch.testing.assert_close(scored.router, own.aux_loss.detach(), rtol=1e-4, atol=0)
+    bound = {"float32": 1e-4, "bf16": 1e-2}[precision]
+    torch.testing.assert_close(scored.total / len(scored.nll), own.loss, rtol=bound, atol=0, check_dtype=False)
+    scored.total.backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in model.parameters() if tensor.grad is not None)
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
