@@ -137,7 +137,6 @@ def test_a_tokenizer_that_is_loaded_as_another_one_beside_the_model_is_refused(t
     ("settings", "known"),
     [
         ({"num_experts": 4}, True),  # Qwen3-MoE's own name in published configs
-        ({"num_local_experts": 4}, True),
         ({"head_dim": 8}, True),  # read by its code, and declared nowhere
         ({"head_dims": 8}, False),
         ({"num_expert": 4}, False),
