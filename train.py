@@ -37,11 +37,13 @@ def train(command: CommandLine) -> None:
     from src.compilation import CompiledLayers, check_compilation
     from src.contract import enforce
     from src.data import build_datasets, token_folder
+    from src.families import causal_class
     from src.loss import SupervisedLoss
     from src.model import context_length, load_model, load_settings, load_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.precision import Precision, warn_of_lost_updates
+    from src.router_loss import check_router_loss
     from src.run import open_run, publish
     from src.streaming import stream_datasets
     from src.trainer import SFTTrainer
@@ -74,6 +76,7 @@ def train(command: CommandLine) -> None:
 
     tokenizer = load_tokenizer(config.model)
     settings = load_settings(config.model, tokenizer)
+    check_router_loss(causal_class(settings), config.training.router_aux_loss)
     limits = {"context_length": context_length(settings), "cache_folder": token_folder(config.data, config.output)}
     if config.data.streaming:
         stream, data = stream_datasets(config.data, tokenizer, **limits)
@@ -114,7 +117,11 @@ def train(command: CommandLine) -> None:
         optim=config.optim,
         neftune_alpha=config.training.neftune_alpha,
         activation_offload=config.training.activation_offload,
-        score=SupervisedLoss(label_smoothing=config.training.label_smoothing, z_loss=config.training.z_loss),
+        score=SupervisedLoss(
+            label_smoothing=config.training.label_smoothing,
+            z_loss=config.training.z_loss,
+            router_aux_loss=config.training.router_aux_loss,
+        ),
         callbacks=[Progress(), metrics, answers],
     )
     trainer.add_callback(CompiledLayers(config.training.compile, trainer.score, trainer.data_collator))

@@ -10,10 +10,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from config.schema import AdapterConfig, OptimConfig, RunConfig, SourceConfig, TrackingConfig, TrainingConfig
+from config.trust import is_folder, trust_problems
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
 """Endings that make a source's path local files; any other path is a folder or a Hub data set's id."""
@@ -99,10 +99,6 @@ def _changed(section: Any, names: Sequence[str]) -> list[str]:
     return [name for name in names if getattr(section, name) != getattr(default, name)]
 
 
-def _is_folder(path: str) -> bool:
-    return path.startswith(("/", "./", "../", "~")) or Path(path).is_dir()
-
-
 def _model(config: RunConfig) -> Iterator[str]:
     model, architecture = config.model, config.model.architecture
     if model.path is None and not architecture:
@@ -115,7 +111,7 @@ def _model(config: RunConfig) -> Iterator[str]:
             f"model.path={model.path} and model.architecture exclude each other; leave out model.architecture to train "
             "the checkpoint, or model.path to start from random weights"
         )
-    if model.revision is not None and (model.path is None or _is_folder(model.path)):
+    if model.revision is not None and (model.path is None or is_folder(model.path)):
         subject = "no model.path" if model.path is None else f"model.path={model.path}, a folder on this machine"
         yield (
             f"model.revision={model.revision} is given with {subject}; leave out model.revision, or give a Hub id as "
@@ -129,6 +125,7 @@ def _model(config: RunConfig) -> Iterator[str]:
             "model.tokenizer a folder, a Hub id or a tokenizer.json file"
         )
     yield from _sizes(config)
+    yield from trust_problems(model)
     if architecture and config.adapter.kind != "none":
         yield (
             f"adapter.kind={config.adapter.kind} saves the adapter alone, and model.architecture starts from random "

@@ -55,7 +55,8 @@ class ModelConfig:
     """bitsandbytes format of the frozen weights: 4-bit (`nf4`, `fp4`) or 8-bit (`int8`). Needs an adapter."""
 
     trust_remote_code: bool = False
-    """Whether code that ships with a Hub checkpoint may run on this machine."""
+    """Whether code that ships with the checkpoint at `path` may run on this machine. Of a Hub checkpoint, `revision`
+    must then be the full hash of a commit; in a folder, the code that stands there runs."""
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ class TrainingConfig:
     """Weight of the squared log of the softmax's denominator, which keeps logits small (arXiv:2204.02311); 1e-4 is
     usual. 0 or above; the reported loss is without it."""
 
+    router_aux_loss: float | None = limited(None, ge=0)
+    """Weight of the loss by which routers of mixture-of-experts models learn to use all experts alike
+    (arXiv:2101.03961), 0 or above; it is computed in each micro-batch, and the reported loss is without it. None: what
+    the model's config says, which is nothing for models without experts."""
+
     neftune_alpha: float | None = limited(None, gt=0)
     """Size of the noise on the embeddings of training rows (NEFTune, arXiv:2310.05914), above 0; 5 is usual. None: no
     noise."""

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from src.attention import border_arguments
 from src.chunked_loss import LogitTransform, Objective, chunked_loss, token_losses, transforms_named_in
 from src.packing import IGNORED
+from src.router_loss import RouterLoss
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -50,6 +51,10 @@ class Scored:
 
     row: torch.Tensor
     """(T,), the row that each stands in, int64."""
+
+    router: torch.Tensor | None = None
+    """The routers' auxiliary loss, without its weight and graph, a scalar; None where it is not in `total`, which has
+    it T times, so that a mean over supervised tokens has it once."""
 
 
 def next_token_targets(labels_BL: torch.Tensor) -> torch.Tensor:
@@ -83,7 +88,7 @@ def supervised_nll(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) ->
     """
     places_T = _places(batch)
     targets_T = next_token_targets(batch["labels"]).flatten()[places_T]
-    logits_TV = _supervised_logits(model, batch, places_T)
+    logits_TV, _ = _supervised_logits(model, batch, places_T)
     loss_T, _ = token_losses(logits_TV, targets_T, Objective())
     return loss_T, places_T // batch["labels"].shape[1]
 
@@ -92,40 +97,62 @@ class SupervisedLoss:
     """Scores the supervised tokens of batches; what the model does to its logits is learned at the first of them."""
 
     def __init__(
-        self, *, label_smoothing: float = 0.0, z_loss: float = 0.0, plain_elements: int = PLAIN_ELEMENTS
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        router_aux_loss: float | None = None,
+        plain_elements: int = PLAIN_ELEMENTS,
     ) -> None:
         """
         Args:
             label_smoothing: share of a target's weight that is spread over the whole vocabulary.
             z_loss: weight of logsumexp(logits)^2, which keeps logits from drifting (arXiv:2204.02311).
+            router_aux_loss: weight of the auxiliary loss of routers, where gradients are asked for; see
+                `src.router_loss`. None: the model's own.
             plain_elements: logits up to which a batch is scored whole.
         """
         self.objective = Objective(label_smoothing, z_loss)
+        self.router_aux_loss = router_aux_loss
         self.plain_elements = plain_elements
         self.chunks: bool | None = None
         """Whether chunks give this model's loss; None before it was asked."""
+        self.router: RouterLoss | None = None
+        """What is added for this model's routers; None too before it was asked."""
 
     def __call__(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> Scored:
         """Score a batch. Every process of a sharded model calls this together.
 
         Args:
-            model, batch: as `supervised_nll` takes them.
+            model, batch: as `supervised_nll` takes them; where rows are padded, with their tokens `row_tokens`, (B,).
+        Raises:
+            UserError: the model's routers have no auxiliary loss that can be added as asked for.
         """
         if self.chunks is None:
             self._learn(model, batch)
         places_T = _places(batch)
         vocabulary = _causal_model(model).config.get_text_config().vocab_size
-        if self.chunks and len(places_T) * vocabulary > self.plain_elements:
-            return self._in_chunks(model, batch, places_T)
-        return self._whole(model, batch, places_T)
+        score = self._in_chunks if self.chunks and len(places_T) * vocabulary > self.plain_elements else self._whole
+        router = self.router if torch.is_grad_enabled() else None
+        if router is None:
+            return score(model, batch, places_T)[0]
+        scored, output = score(model, batch, places_T, **router.arguments)
+        auxiliary = router.of_output(output, _real_tokens(batch)).to(scored.total.dtype)
+        return replace(
+            scored, total=scored.total + router.weight * len(places_T) * auxiliary, router=auxiliary.detach()
+        )
 
-    def _whole(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor) -> Scored:
+    def _whole(
+        self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor, **asked: bool
+    ) -> tuple[Scored, Mapping[str, Any]]:
         targets_T = next_token_targets(batch["labels"]).flatten()[places_T]
-        logits_TV = _supervised_logits(model, batch, places_T)
+        logits_TV, output = _supervised_logits(model, batch, places_T, **asked)
         loss_T, nll_T = token_losses(logits_TV, targets_T, self.objective.of_final_logits())
-        return Scored(loss_T.sum(), nll_T, places_T // batch["labels"].shape[1])
+        return Scored(loss_T.sum(), nll_T, places_T // batch["labels"].shape[1]), output
 
-    def _in_chunks(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor) -> Scored:
+    def _in_chunks(
+        self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor, **asked: bool
+    ) -> tuple[Scored, Mapping[str, Any]]:
         targets_T = next_token_targets(batch["labels"]).flatten()[places_T]
         scored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -134,10 +161,10 @@ class SupervisedLoss:
             return nothing.detach() + scored[0][0]  # no rows, and yet the loss's way out through the wrappers' hooks
 
         with _at_head(_head_of(model), places_T, score):
-            logits = model(**_arguments(batch)).logits
+            output = model(**_arguments(batch), **asked)
         (total, nll_T), *_ = scored
         # A sum over nothing adds 0, and makes the backward pass start where the wrappers wait for it.
-        return Scored(total + logits.sum(), nll_T, places_T // batch["labels"].shape[1])
+        return Scored(total + output.logits.sum(), nll_T, places_T // batch["labels"].shape[1]), output
 
     @torch.no_grad()
     def _learn(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
@@ -152,6 +179,8 @@ class SupervisedLoss:
             if transform is not None:
                 self.objective = replace(self.objective, transform=transform)
             self.chunks = transform is not None and self._agrees(model, batch)
+            few = _arguments(_few_tokens(batch))
+            self.router = RouterLoss.of(model, _causal_model(model), self.router_aux_loss, few)
         finally:
             for module in training:
                 module.training = True
@@ -169,7 +198,7 @@ class SupervisedLoss:
         targets_T = next_token_targets(few["labels"]).flatten()
         places_T = _places(few)
         loss_T, nll_T = token_losses(logits_TV[places_T], targets_T[places_T], self.objective.of_final_logits())
-        scored = self._in_chunks(model, few, places_T)
+        scored, _ = self._in_chunks(model, few, places_T)
         coarse = 0.02 if _is_coarse(logits_TV) else 1e-4
         return bool(torch.isclose(scored.total, loss_T.sum(), rtol=coarse)) and bool(
             torch.allclose(scored.nll, nll_T, rtol=coarse, atol=coarse)
@@ -237,13 +266,26 @@ def _at_head(
 
 
 def _supervised_logits(
-    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor
-) -> torch.Tensor:
-    """Final logits at some places, (T, V), through the model's own forward."""
+    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], places_T: torch.Tensor, **asked: bool
+) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    """Final logits at some places, (T, V), through the model's own forward, and all of its output.
+
+    Args:
+        asked: arguments of the model, by which it is asked for more.
+    """
     with _at_head(_head_of(model), places_T) as seen:
-        logits = model(**_arguments(batch)).logits
-    logits_KV = logits.flatten(end_dim=-2)
-    return logits_KV if seen else logits_KV.index_select(0, places_T)
+        output = model(**_arguments(batch), **asked)
+    logits_KV = output.logits.flatten(end_dim=-2)
+    return (logits_KV if seen else logits_KV.index_select(0, places_T)), output
+
+
+def _real_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Whether each token of a batch is one of its rows', bool, (B * L,), or None where all are."""
+    if "row_tokens" not in batch:
+        return None
+    length = batch["input_ids"].shape[1]
+    places_L = torch.arange(length, device=batch["input_ids"].device)
+    return (places_L < batch["row_tokens"][:, None]).flatten()
 
 
 def _few_tokens(batch: Mapping[str, torch.Tensor], tokens: int = 16) -> dict[str, torch.Tensor]:

@@ -28,8 +28,9 @@ from transformers import (
 from config.schema import ModelConfig
 from src.attention import DOCUMENTS
 from src.attention_choice import use_attention
+from src.families import check_code, check_family, refuse_own_code, settings_read_by
 from src.generation import set_stops
-from src.tokenizer_check import check_ids
+from src.tokenizer_check import check_ids, check_saved
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 from utils.logging import get_logger
@@ -58,10 +59,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     else:
         _check_local(source, "model.tokenizer" if config.tokenizer else "model.path", "tokenizer_config.json")
         revision = config.revision if source == config.path else None
+        # `model.revision` tells which code the checkpoint brings, and nothing of that of another repository.
+        trusted = config.trust_remote_code and (source == config.path or Path(source).is_dir())
+        if trusted:
+            check_code(source, revision)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=revision, trust_remote_code=config.trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trusted)
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer could be loaded from {source}: {_in_one_line(error)}") from error
         check_ids(tokenizer, source, revision)
@@ -106,18 +109,28 @@ def load_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     """The transformers config of a run's model, read without its weights.
 
     Raises:
-        UserError: the checkpoint is not there, the architecture is unknown, or its vocabulary is smaller than the
-            tokenizer's.
+        UserError: the checkpoint is not there or no causal language model, needs code that is not trusted, the
+            architecture is unknown, or its vocabulary is smaller than the tokenizer's.
     """
     if config.path is None:
-        return _settings_from_architecture(config.architecture, tokenizer)
+        settings = _settings_from_architecture(config.architecture, tokenizer)
+        check_family(settings, f"model.architecture.model_type={settings.model_type}")
+        check_saved(tokenizer, settings)
+        return settings
     _check_local(config.path, "model.path", "config.json")
+    if config.trust_remote_code:
+        check_code(config.path, config.revision)
     try:
         settings = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, StrictDataclassError) as error:
+        if not config.trust_remote_code:
+            refuse_own_code(config.path, config.revision)
         raise UserError(f"model.path={config.path} could not be read: {_in_one_line(error)}") from error
+    check_family(settings, f"model.path={config.path}")
+    if config.tokenizer is not None and not getattr(settings, "auto_map", None):
+        check_saved(tokenizer, settings)
     rows, own = settings.get_text_config().vocab_size, _own_size(tokenizer, config)
     if rows < own:
         raise UserError(
@@ -141,7 +154,6 @@ def _settings_from_architecture(architecture: dict[str, Any], tokenizer: PreTrai
         fields.setdefault(name, getattr(tokenizer, name))
     try:
         settings = AutoConfig.for_model(kind, **fields)
-        known = AutoConfig.for_model(kind).to_dict()
     except StrictDataclassError as error:
         raise UserError(f"model.architecture does not suit '{kind}': {_in_one_line(error)}") from error
     except ValueError as error:
@@ -152,7 +164,8 @@ def _settings_from_architecture(architecture: dict[str, Any], tokenizer: PreTrai
             f"model.architecture.model_type={kind} is not one that transformers knows; did you mean "
             f"{' or '.join(near)}?"
         ) from error
-    unknown = sorted(set(fields) - set(known))
+    known = settings_read_by(settings)
+    unknown = sorted(set(fields) - known)
     if unknown:
         near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
         raise UserError(

@@ -205,8 +205,9 @@ class PackCollator:
             `document_borders`: int32, (documents + 1,), where in all rows of the batch, one after the other, each
             document starts, and then their end. It is what variable-length attention calls `cu_seqlens`. Padding
             belongs to the last document before it. `supervised_places`: int64, (supervised tokens,), the positions
-            before them, counted through all rows of the batch. With `tells_longest` also `longest_document`: its
-            tokens, as a number of the host.
+            before them, counted through all rows of the batch. Unless `flat` also `row_tokens`: int64, (B,), the
+            tokens of each row without padding. With `tells_longest` also `longest_document`: its tokens, as a number of
+            the host.
         """
         tokens = [len(pack["input_ids"]) for pack in packs]
         shape = (1, sum(tokens)) if self.flat else (len(packs), max(tokens))
@@ -220,12 +221,14 @@ class PackCollator:
         borders = np.concatenate([*documents, [input_ids.size]])
         next_labels = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
         position_ids = np.arange(input_ids.size) - np.repeat(borders[:-1], np.diff(borders))
-        longest = {"longest_document": int(np.diff(borders).max())} if self.tells_longest else {}
+        more = {} if self.flat else {"row_tokens": torch.tensor(tokens)}
+        if self.tells_longest:
+            more["longest_document"] = int(np.diff(borders).max())
         return {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(position_ids.reshape(shape)),
             "document_borders": torch.from_numpy(borders.astype(np.int32)),
-            **longest,
+            **more,
             "supervised_places": torch.from_numpy(np.flatnonzero(next_labels != IGNORED)),
         }

@@ -4,13 +4,15 @@ A class may build its own steps and override the file's: what other programs rea
 one trains on.
 
     check_ids(AutoTokenizer.from_pretrained(folder), folder)
+    check_saved(tokenizer, settings)   # before a model of another family is trained with it
 """
 
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from utils.errors import UserError
 
@@ -47,7 +49,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, source: str, revision: str | N
     stored.no_padding()
     for text in TEXTS:
         expected = stored.encode(text, add_special_tokens=False).ids
-        found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        found = _ids(tokenizer, text)
         if expected != found:
             apart = next((at for at, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), 0)
             raise UserError(
@@ -57,6 +59,36 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, source: str, revision: str | N
                 'in tokenizer_config.json, "tokenizer_class": "PreTrainedTokenizerFast"; if the class is right, save '
                 "the tokenizer again with save_pretrained and give that folder as model.tokenizer"
             )
+
+
+def check_saved(tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig) -> None:
+    """Make sure that a tokenizer, saved beside a model of another family, is loaded as what it is.
+
+    transformers loads the tokenizer of some kinds of models as a class of that kind, whatever class was saved.
+
+    Args:
+        settings: of the model that the tokenizer will be saved with.
+    Raises:
+        UserError: it would give other ids then.
+    """
+    if not tokenizer.is_fast:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        settings.save_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    differing = [text for text in TEXTS if _ids(loaded, text) != _ids(tokenizer, text)]
+    if differing:
+        raise UserError(
+            f"the tokenizer of a '{settings.model_type}' is loaded as {type(loaded).__name__} by transformers, which "
+            f"reads {differing[0]!r} in another way than the tokenizer of this run: nobody could load the result as it "
+            f"was trained. Give model.tokenizer one that was made for a '{settings.model_type}', or a model of another "
+            "kind, such as llama"
+        )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _file(source: str, revision: str | None) -> Path | None:

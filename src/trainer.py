@@ -155,7 +155,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._tokens_since = time.perf_counter()
         # Trainer adds up losses in float32, which is coarser than what is compared here.
         wide = torch.float32 if args.device.type == "mps" else torch.float64
-        self._loss = torch.zeros(2, dtype=wide, device=args.device)  # negative log-likelihood, objective
+        self._loss = torch.zeros(3, dtype=wide, device=args.device)  # negative log-likelihood, objective, routers'
         self._steps = 0  # optimizer steps that `_loss` holds
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
         self._adapted = layers_without_dropout(model) if args.bf16 or args.fp16 else []
@@ -285,12 +285,17 @@ class SFTTrainer(OptimizerHooks, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Summed loss over the global step's supervised tokens, times the processes, whose gradients are averaged."""
+        """Summed loss over the global step's supervised tokens, times the processes, whose gradients are averaged.
+
+        Only the routers' auxiliary loss depends on how the step is split into micro-batches; see `src.router_loss`.
+        """
         with noisy_embeddings(self.accelerator.unwrap_model(model), inputs, self.neftune_alpha):
             scored = self.score(model, inputs)
-        sums = torch.stack((scored.total, scored.nll.sum()))
-        loss, nll = sums * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
-        self._loss += torch.stack((nll, loss)).detach()
+        nll = scored.nll.sum()
+        routers = torch.zeros_like(nll) if scored.router is None else scored.router * len(scored.nll)
+        sums = torch.stack((scored.total, nll, routers))
+        loss, nll, routers = sums * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        self._loss += torch.stack((nll, loss, routers)).detach()
         self._finite &= torch.isfinite(loss.detach())
         if loss.device.type == "cpu":  # elsewhere the look would wait for the device, so it is taken when logging
             self.stop_unless_finite()
@@ -329,9 +334,11 @@ class SFTTrainer(OptimizerHooks, Trainer):
         if "loss" in logs:
             self.stop_unless_finite()
             means = self.accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)
-            logs["loss"], objective = means.tolist()
-            if not self.score.objective.plain:
+            logs["loss"], objective, routers = means.tolist()
+            if not self.score.objective.plain or self.score.router:
                 logs["objective"] = objective
+            if self.score.router:
+                logs["router_aux_loss"] = routers
             seconds = max(1e-9, time.perf_counter() - self._tokens_since)
             supervised, tokens = self._tokens.tolist()
             logs["tokens_per_second"] = tokens / seconds

@@ -47,12 +47,16 @@ TRICKY_TEXTS = [
 ]
 
 
+COMMIT = "0123456789" * 4
+
+
 def test_options_are_typed_by_the_schema_in_both_spellings(tmp_path):
     command = read(
         tmp_path,
         "--optim.learning-rate 1e-4 --data.packing False --training.max_steps=300 --training.save-every-steps None "
         "--adapter.kind lora --adapter.target_modules q_proj v_proj --optim.max_grad_norm null "
-        "--data.eval.0.max_rows 5 --tracking.report_to --model.trust_remote_code true --resume",
+        "--data.eval.0.max_rows 5 --tracking.report_to --model.trust_remote_code true "
+        f"--model.revision {COMMIT} --resume",
     )
     config = command.config
     assert config.optim == OptimConfig(learning_rate=0.0001, max_grad_norm=None)
@@ -61,6 +65,7 @@ def test_options_are_typed_by_the_schema_in_both_spellings(tmp_path):
     assert config.adapter == AdapterConfig(kind="lora", target_modules=("q_proj", "v_proj"))
     assert config.data.eval == (SourceConfig(path="someone/rows", split="test", max_rows=5),)
     assert config.model.trust_remote_code is True
+    assert config.model.revision == COMMIT
     assert (command.resume, command.print_config) == (True, False)
 
 

@@ -72,12 +72,14 @@ def test_padding_opens_no_new_document_and_is_never_supervised():
     assert batch["position_ids"][1].tolist() == list(range(7))
     assert (batch["labels"][1, 2:] == IGNORED).all()
     assert batch["document_borders"].tolist() == [0, 4, 7, 14]
+    assert batch["row_tokens"].tolist() == [7, 2]
     assert {name: tensor.dtype for name, tensor in batch.items()} == {
         "input_ids": torch.int64,
         "labels": torch.int64,
         "position_ids": torch.int64,
         "document_borders": torch.int32,
         "supervised_places": torch.int64,
+        "row_tokens": torch.int64,
     }
     assert batch["supervised_places"].equal(supervised_places(batch["labels"]))
 
