@@ -468,13 +468,16 @@ def test_llama_cpp_computes_the_same_logits(kind, dtype, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     save(tmp_path / "a", CONFIGS[kind])
     convert(tmp_path / "a", tmp_path / "b", "gguf", writing=WriteOptions(dtype=dtype))
-    model = llama_cpp.Llama(str(tmp_path / "b" / "model.gguf"), n_ctx=128, logits_all=True, verbose=False)
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # else keys are kept in float16
+    path = str(tmp_path / "b" / "model.gguf")
+    model = llama_cpp.Llama(path, n_ctx=128, logits_all=True, verbose=False, **exact)
     row = [5, 9, 200, 3, 77, *range(100, 170)]
     model.eval(row)
     found = torch.from_numpy(np.array(model.scores[: len(row)]))
     [expected] = gguf_format.read(tmp_path / "b" / "model.gguf", ReadOptions()).logits([row])
-    # llama.cpp rounds activations to the weights' format before each product, and its cache of keys to float16.
-    tolerance = {None: 2e-3, "float16": 4e-3, "bfloat16": 3e-2, "q8_0": 3e-2}[dtype]
+    # llama.cpp rounds activations to the weights' format before each product: in float32 at most 2e-6 was seen, with 8
+    # bits for 32 of them at most 0.08, where queries left in halves give more than 0.3 in every format.
+    tolerance = {None: 1e-5, "float16": 4e-3, "bfloat16": 3e-2, "q8_0": 0.15}[dtype]
     assert float((found - expected).abs().max()) < tolerance * float(expected.abs().max())
 
 
