@@ -18,11 +18,15 @@ from transformers.utils import find_adapter_config_file
 
 from src.alignment import supervised_spans
 from src.chat import CALL_STOPS, ChatTemplate
+from src.context import generation_length
 from src.formats import Conversation
 from src.refusal import Refusal
 from src.tokenizer_check import check_ids
 from utils.distributed import accelerator_name
 from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 QUESTION = {"role": "user", "content": "question"}
 ANSWER = {"role": "assistant", "content": "answer"}
@@ -104,6 +108,31 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
     return ChatTemplate.of(tokenizer).render([conversation], generation_prompt=True)[0]
 
 
+def _check_room(model: PreTrainedModel, longest: int, max_new_tokens: int) -> int | None:
+    """The model's context in tokens, or None where its config does not say.
+
+    Args:
+        longest: tokens of the longest prompt.
+    Raises:
+        UserError: that prompt fills the context.
+    """
+    context = generation_length(model.config)
+    if context is not None and longest >= context:
+        raise UserError(
+            f"a prompt of {longest} tokens leaves no room for an answer in the model's context of {context} tokens; "
+            f"shorten it to {context - 1} or less"
+        )
+    if context is not None and longest + max_new_tokens > context:
+        log.warning(
+            "answers to the longest prompts, of %d tokens, end where the model's context of %d tokens does, before %d "
+            "new ones",
+            longest,
+            context,
+            max_new_tokens,
+        )
+    return context
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -129,11 +158,14 @@ def generate(
         special_tokens_in_prompts: whether the prompts hold their special tokens already, as a chat template writes
             them; if not, the tokenizer adds its own.
     Returns:
-        An answer for each prompt, without special tokens.
+        An answer for each prompt, without special tokens; one ends where the model's context does.
+    Raises:
+        UserError: a prompt leaves no room in the model's context for an answer.
     """
     if not prompts:
         return []
     encoded = tokenizer(list(prompts), add_special_tokens=not special_tokens_in_prompts)["input_ids"]
+    context = _check_room(model, max(map(len, encoded)), max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     settings = GenerationConfig(
@@ -156,6 +188,7 @@ def generate(
         for row, index in enumerate(batch):  # padding on the left, so that every answer starts at the same place
             ids_BL[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index], device=device)
             mask_BL[row, longest - len(encoded[index]) :] = 1
+        settings.max_new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - longest)
         with torch.compiler.set_stance("force_eager"):  # layers that a run has compiled know no cache
             out_BL = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings)
         texts = tokenizer.batch_decode(out_BL[:, longest:], skip_special_tokens=True)
