@@ -5,6 +5,7 @@ problems = list(model_problems(config))       # for config.constraints, which sa
 
 import difflib
 from collections.abc import Iterator
+from typing import Any
 
 from config.architectures import ARCHITECTURES, expanded
 from config.schema import ModelConfig, RunConfig, TokenizerConfig
@@ -63,11 +64,23 @@ def _rope(model: ModelConfig) -> Iterator[str]:
             f"model.rope_scaling.factor={factor} would not lengthen the context; give a factor above 1, or leave out "
             "model.rope_scaling"
         )
-    low, high = scaling.get("low_freq_factor", 1), scaling.get("high_freq_factor", 4)
-    if kind == "llama3" and low >= high:
+    if kind == "llama3":
+        yield from _bands(scaling)
+
+
+def _bands(scaling: dict[str, Any]) -> Iterator[str]:
+    """The two limits between which llama3's scaling changes from none to whole."""
+    bands = {
+        "low_freq_factor": scaling.get("low_freq_factor", 1),
+        "high_freq_factor": scaling.get("high_freq_factor", 4),
+    }
+    wrong = [name for name, value in bands.items() if type(value) not in (int, float)]
+    for name in wrong:
+        yield f"model.rope_scaling.{name}={bands[name]} is no number; give one, or leave it out"
+    if not wrong and bands["low_freq_factor"] >= bands["high_freq_factor"]:
         yield (
-            f"model.rope_scaling.low_freq_factor={low} is not below model.rope_scaling.high_freq_factor={high}; change "
-            "one of them"
+            f"model.rope_scaling.low_freq_factor={bands['low_freq_factor']} is not below "
+            f"model.rope_scaling.high_freq_factor={bands['high_freq_factor']}; change one of them"
         )
 
 

@@ -94,8 +94,10 @@ def grow_embeddings(
     """Give a model a row for every token of its tokenizer, in the embeddings and in the head; none is ever taken away.
 
     New rows are the mean of the old ones (with noise of 3e-5 of their spread), so that a new token's logit begins as
-    the mean of all logits, which is below the largest: neither a new token nor a row that only pads to a multiple of 64
-    is the most likely one before it is trained to be, and rows that pad never are, as the loss only lowers them.
+    the mean of all logits, which is below the largest: neither a new token nor a row that only pads the table is the
+    most likely one before training makes it so. Of a row that pads nothing does: it is never a target, and the loss
+    lowers its logit wherever it is trained. That is no proof for every text; a sampler can still draw such a row, by
+    its small share, and it decodes to nothing.
 
     Args:
         trains_all: whether every weight trains. Beside an adapter the rows are as many as the tokens, as programs that
