@@ -137,7 +137,6 @@ def _write(text: PreTrainedConfig, known: dict[str, Any], scaling: dict[str, Any
     if kind != "dynamic":  # whose frequencies are told from the context before it
         text.max_position_embeddings = int(original * factor)
     text.rope_parameters = parameters
-    text.validate_rope()
 
 
 def _has(text: PreTrainedConfig, name: str) -> bool:

@@ -67,7 +67,9 @@ def with_tokenizer(
     if model.tokenizer != TRAIN:
         return model
     digests = known_digests(cache_folder)
-    found = [open_source(source, f"data.train.{i}", digests) for i, source in enumerate(data.train)]
+    found = [
+        open_source(source, f"data.train.{i}", digests, streams=data.streaming) for i, source in enumerate(data.train)
+    ]
     converters = [row_converter(rows, source.format) for rows, source in zip(found, data.train, strict=True)]
     _check_formats(found, converters)
     template = model.chat_template

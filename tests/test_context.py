@@ -203,12 +203,13 @@ def test_answers_end_where_the_context_does(caplog):
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=32, n_layer=1, n_head=2)
     model = GPT2LMHeadModel(config).eval()
     model.generation_config.eos_token_id = None
-    prompts = ["x" * 14, "x"]  # 14 tokens and 1
-    answers = generate(model, tokenizer, prompts, max_new_tokens=10, batch_rows=1)
-    for prompt, answer, room in zip(prompts, answers, (2, 10), strict=True):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        alone = model.generate(ids, max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        assert answer == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
-    assert "end where the model's context of 16 tokens does" in caplog.text
-    with pytest.raises(UserError, match=r"a prompt of 16 tokens leaves no room .* context of 16 tokens; .* 15 or less"):
-        generate(model, tokenizer, ["x" * 16], max_new_tokens=1)
+    prompts = ["x" * 14, "x", "x" * 16, "y" * 13, "xy"]  # of 14, 1, 16, 13 and 2 tokens
+    answers = generate(model, tokenizer, prompts, max_new_tokens=10)
+    assert answers[2] == ""
+    for prompt, answer, room in zip(prompts, answers, (2, 10, None, 3, 10), strict=True):
+        if room is not None:
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            alone = model.generate(ids, max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            assert alone.shape[1] == len(prompt) + room
+            assert answer == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "context of 16 tokens ends the answers to prompts of more than 6 early" in caplog.text
