@@ -131,7 +131,7 @@ def train(command: CommandLine) -> None:
     if config.hub.repo_id and is_main_process():
         check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
     run.record("config.json", to_dict(config), matters=("",))
-    if config.model.tokenizer == "train" and run.checkpoint is None and is_main_process():
+    if model_config.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
         keep_tokenizer(model_config, run.path)
     run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))
     packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)

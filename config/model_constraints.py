@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from config.architectures import ARCHITECTURES, expanded
+from config.model_schema import TRAIN
 from config.schema import ModelConfig, RunConfig, TokenizerConfig
 
 ROPE_FIELDS = {
@@ -110,7 +111,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
 
 def _tokenizer(config: RunConfig) -> Iterator[str]:
     model = config.model
-    trains = model.tokenizer == "train"
+    trains = model.tokenizer == TRAIN
     if trains and model.path is not None:
         yield (
             f"model.tokenizer=train makes other tokens than those that model.path={model.path} knows; leave out "

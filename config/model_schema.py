@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from config.fields import limited
 
+TRAIN = "train"
+"""The value of `model.tokenizer` that asks for a new one, made from the data."""
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -53,8 +56,9 @@ class ModelConfig:
     context."""
 
     tokenizer: str | None = None
-    """Tokenizer: a folder, a Hub id, or a `tokenizer.json` file; or `train`, for one made from the rows of `data.train`
-    as `new_tokenizer` says. None: the one beside the checkpoint."""
+    """Tokenizer: a folder, a Hub id, or a `tokenizer.json` file (`openai-community/gpt2` is tiktoken's GPT-2 encoding);
+    or `train`, for one made from the rows of `data.train` as `new_tokenizer` says. None: the one beside the
+    checkpoint."""
 
     new_tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer that `tokenizer=train` makes."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config.architectures import expanded
+from config.model_schema import TRAIN
 from config.schema import DataConfig, ModelConfig, TokenizerConfig
 from config.templates import TEMPLATES
 from src.cache import content_of, prepared
@@ -34,9 +35,6 @@ from utils.files import whole_folder
 from utils.logging import get_logger
 
 log = get_logger(__name__)
-
-TRAIN = "train"
-"""The value of `model.tokenizer` that asks for a new one."""
 
 FILE = "tokenizer.json"
 FOLDER = "tokenizer"

@@ -201,6 +201,22 @@ def test_a_run_makes_its_tokenizer_keeps_it_and_goes_on_with_it(tmp_path):
     assert_same_run(run, tmp_path / "outputs" / "other")
 
 
+def test_a_run_of_a_named_size_with_smaller_fields_says_what_it_is(tmp_path):
+    small = {key: value for key, value in ARCHITECTURE.items() if key not in ("model_type", "initializer_range")}
+    recipe = write_recipe(
+        tmp_path,
+        model={"architecture": {"size": "smollm2-135m", "vocab_size": 384, **small}},
+        training={"max_steps": 1},
+    )
+    done = run_train("--config", recipe)
+    assert done.code == 0, done.stderr
+    run = tmp_path / "outputs" / "run"
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert (config["model_type"], config["hidden_size"], config["vocab_size"]) == ("llama", 32, 384)
+    assert config["rope_parameters"]["rope_theta"] == 100_000.0  # SmolLM2's own
+    assert "A language model (llama) trained from random weights" in (run / "README.md").read_text()
+
+
 def test_a_resumed_run_without_its_tokenizer_is_refused(tmp_path):
     recipe = write_recipe(tmp_path, model=FROM_DATA)
     assert run_train("--config", recipe).code == 0
@@ -244,9 +260,10 @@ def test_rows_without_text_make_no_tokenizer(tmp_path):
 
 def test_a_folder_with_gpt2s_tokenizer_gives_the_ids_of_tiktokens_gpt2_encoding():
     tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken to compare with")
+    load = pytest.importorskip("tiktoken.load")
     folder = shared_file("tokenizers/gpt2")
     # As tiktoken's own gpt2() makes it from OpenAI's two files, of which these are copies.
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(folder / "merges.txt"), str(folder / "vocab.json"))
+    ranks = load.data_gym_to_mergeable_bpe_ranks(str(folder / "merges.txt"), str(folder / "vocab.json"))
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     encoding = tiktoken.Encoding(
         "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257
