@@ -143,10 +143,17 @@ def check_stop_trains(
         return
     raise UserError(
         f"{tokenizer.eos_token}, which ends the turns, is new to the checkpoint, and adapter.kind={adapter.kind} does "
-        f"not train its row: the model could never say it. Give adapter.modules_to_save={heads[0].rsplit('.', 1)[-1]}, "
-        "train all weights with adapter.kind=none, or name a token that the tokenizer has in model.special_tokens and "
-        "a template that writes it"
+        f"not train its row: the model could never say it. Add --adapter.modules_to_save {_endings(model)}, train all "
+        "weights with adapter.kind=none, or name a token that the tokenizer has in model.special_tokens and a template "
+        "that writes it"
     )
+
+
+def _endings(model: PreTrainedModel) -> str:
+    """The last names of the head and the embeddings, as options take them."""
+    wanted = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = [name for part in wanted for name, module in model.named_modules() if module is part]
+    return " ".join(name.rsplit(".", 1)[-1] for name in names)
 
 
 def _names_of_head(model: PreTrainedModel) -> Sequence[str]:
