@@ -27,6 +27,7 @@ def model_problems(config: RunConfig) -> Iterator[str]:
     """Sentences on fields of the model that contradict each other or the data's lengths."""
     yield from _size_name(config.model)
     yield from _rope(config.model)
+    yield from _rope_of_adapter(config)
     yield from _sizes(config)
     yield from _tokenizer(config)
 
@@ -67,6 +68,15 @@ def _rope(model: ModelConfig) -> Iterator[str]:
         )
     if kind == "llama3":
         yield from _bands(scaling)
+
+
+def _rope_of_adapter(config: RunConfig) -> Iterator[str]:
+    if config.model.rope_scaling and config.adapter.kind != "none":
+        yield (
+            f"adapter.kind={config.adapter.kind} saves the adapter alone, and its base would be loaded again without "
+            "model.rope_scaling; give adapter.kind=none, or leave it out and write the scaling into the "
+            "config.json of a copy of the base"
+        )
 
 
 def _bands(scaling: dict[str, Any]) -> Iterator[str]:

@@ -168,6 +168,10 @@ def test_dynamic_scaling_trains_no_longer_rows():
             "--model.rope_scaling.low_freq_factor x",
             "low_freq_factor=x is no number",
         ),
+        (
+            "--model.rope_scaling.rope_type yarn --model.rope_scaling.factor 2 --adapter.kind lora",
+            "adapter.kind=lora saves the adapter alone, and its base would be loaded again without",
+        ),
     ],
 )
 def test_a_scaling_that_says_nothing_clear_is_refused_before_the_model_is_read(tmp_path, options, told):
