@@ -34,12 +34,15 @@ def train(command: CommandLine) -> None:
     from src.adapters import add_adapter, count_parameters
     from src.attention_choice import prove_attention
     from src.callbacks import Answers, MetricsFile, Progress
+    from src.chat_setup import check_stop_trains
     from src.compilation import CompiledLayers, check_compilation
+    from src.context import check_length, context_length
     from src.contract import enforce
     from src.data import build_datasets, token_folder
     from src.families import causal_class
     from src.loss import SupervisedLoss
-    from src.model import context_length, load_model, load_settings, load_tokenizer
+    from src.model import load_model, load_settings, load_tokenizer
+    from src.new_tokenizer import keep_tokenizer, with_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.precision import Precision, warn_of_lost_updates
@@ -74,10 +77,16 @@ def train(command: CommandLine) -> None:
     threads = f", {use_cores(config.training.cpu_threads)} thread(s) each" if args.device.type == "cpu" else ""
     log.info("%d process(es) on %s%s; the run is written to %s", args.world_size, args.device.type, threads, run.path)
 
-    tokenizer = load_tokenizer(config.model)
-    settings = load_settings(config.model, tokenizer)
+    cache_folder = token_folder(config.data, config.output)
+    model_config = with_tokenizer(
+        config.model, config.data, cache_folder=cache_folder, kept=run.path if run.checkpoint else None
+    )
+    tokenizer = load_tokenizer(model_config)
+    settings = load_settings(model_config, tokenizer)
     check_router_loss(causal_class(settings), config.training.router_aux_loss)
-    limits = {"context_length": context_length(settings), "cache_folder": token_folder(config.data, config.output)}
+    check_length(settings, config.data.max_length)
+    known_rows = settings.get_text_config().vocab_size
+    limits = {"context_length": context_length(settings), "cache_folder": cache_folder}
     if config.data.streaming:
         stream, data = stream_datasets(config.data, tokenizer, **limits)
     else:
@@ -86,8 +95,9 @@ def train(command: CommandLine) -> None:
     set_seed(config.training.seed)
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     model = load_model(
-        config.model, settings, tokenizer, trains_all=config.adapter.kind == "none", autocasts=autocast is not None
+        model_config, settings, tokenizer, trains_all=config.adapter.kind == "none", autocasts=autocast is not None
     )
+    check_stop_trains(model, tokenizer, known_rows, config.adapter)
     packing = prove_attention(
         model, config.model.attention, packing=config.data.packing, device=args.device, autocast=autocast
     )
@@ -128,6 +138,8 @@ def train(command: CommandLine) -> None:
     if config.hub.repo_id and is_main_process():
         check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
     run.record("config.json", to_dict(config), matters=("",))
+    if model_config.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
+        keep_tokenizer(model_config, run.path)
     run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))
     packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)
     run.record("data.json", data.report | packs, matters=("sha256",))

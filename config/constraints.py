@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from config.model_constraints import model_problems
 from config.schema import AdapterConfig, OptimConfig, RunConfig, SourceConfig, TrackingConfig, TrainingConfig
 from config.trust import is_folder, trust_problems
 
@@ -117,14 +118,17 @@ def _model(config: RunConfig) -> Iterator[str]:
             f"model.revision={model.revision} is given with {subject}; leave out model.revision, or give a Hub id as "
             "model.path"
         )
-    if architecture and "model_type" not in architecture:
-        yield "model.architecture has no model_type; add model.architecture.model_type, such as llama"
+    if architecture and "size" not in architecture and "model_type" not in architecture:
+        yield (
+            "model.architecture has no model_type; add model.architecture.model_type, such as llama, or "
+            "model.architecture.size, such as smollm2-135m"
+        )
     if architecture and model.tokenizer is None:
         yield (
             "model.architecture needs model.tokenizer, since there is no checkpoint to take one from; give "
-            "model.tokenizer a folder, a Hub id or a tokenizer.json file"
+            "model.tokenizer a folder, a Hub id or a tokenizer.json file, or train"
         )
-    yield from _sizes(config)
+    yield from model_problems(config)
     yield from trust_problems(model)
     if architecture and config.adapter.kind != "none":
         yield (
@@ -142,28 +146,6 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield (
             f"model.quantization={model.quantization} cannot compute in model.dtype=float64; use model.dtype=bfloat16, "
             "or auto"
-        )
-
-
-def _sizes(config: RunConfig) -> Iterator[str]:
-    """Sizes that an architecture names and that must fit each other, and the rows."""
-    sizes = {key: value for key, value in config.model.architecture.items() if type(value) is int and value > 0}
-    context = sizes.get("max_position_embeddings")
-    if context is not None and config.data.max_length > context:
-        yield (
-            f"data.max_length={config.data.max_length} exceeds model.architecture.max_position_embeddings={context}; "
-            f"lower data.max_length to {context} or less, or raise the model's context"
-        )
-    width, heads, kv_heads = (sizes.get(f) for f in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-    if width and heads and width % heads and "head_dim" not in config.model.architecture:
-        yield (
-            f"model.architecture.hidden_size={width} is no multiple of model.architecture.num_attention_heads={heads}; "
-            "change one of them, or give model.architecture.head_dim"
-        )
-    if heads and kv_heads and heads % kv_heads:
-        yield (
-            f"model.architecture.num_attention_heads={heads} is no multiple of "
-            f"model.architecture.num_key_value_heads={kv_heads}; change one of them"
         )
 
 

@@ -11,6 +11,28 @@ from typing import Any, Literal
 
 from config.fields import limited
 
+TRAIN = "train"
+"""The value of `model.tokenizer` that asks for a new one, made from the data."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer that `model.tokenizer=train` makes: byte-level BPE, which gives any text tokens and back."""
+
+    vocab_size: int = limited(8192, ge=300)
+    """Tokens in all, special ones among them, at least 300; a multiple of 64 suits GPUs. The 256 bytes are the first,
+    after the special ones. Data with too few repeated words give fewer."""
+
+    special_tokens: tuple[str, ...] = limited(("<|endoftext|>", "<|pad|>"), min_length=1)
+    """Special tokens, in the order of their ids. `<|endoftext|>` ends texts and `<|pad|>` pads unless
+    `model.special_tokens` says otherwise; those of a named chat template are added to them."""
+
+    min_count: int = limited(2, ge=1)
+    """Times that two tokens must stand together in the data to become one, at least 1."""
+
+    max_rows: int | None = limited(100_000, ge=1)
+    """Rows of each source of `data.train` that are read for it, from the start, at least 1. None: all."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -23,14 +45,28 @@ class ModelConfig:
     """Branch, tag or commit of a Hub checkpoint. None: its default branch."""
 
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Settings of a transformers config to build from random weights, with its `model_type`; `vocab_size` left out
-    means the tokenizer's size. Empty: the checkpoint at `path` decides."""
+    """Model to build from random weights: settings of a transformers config with its `model_type`; or `size`, the name
+    of a published one (`gpt2-124m`, `llama3.2-1b`, `smollm2-135m`, ...: config/architectures.py), and settings that
+    differ from it. `vocab_size` left out means the tokenizer's size, or with a `size` its own, raised to a multiple of
+    64 where the tokenizer has more. Empty: the checkpoint at `path` decides."""
+
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    """Longer context for a model with rotary positions: `rope_type` (`linear`, `yarn`, `llama3`, or for generation only
+    `dynamic`), the `factor` above 1 that the context grows by, and what else that type takes. Empty: the model's own
+    context."""
 
     tokenizer: str | None = None
-    """Tokenizer: a folder, a Hub id, or a `tokenizer.json` file. None: the one beside the checkpoint."""
+    """Tokenizer: a folder, a Hub id, or a `tokenizer.json` file (`openai-community/gpt2` is tiktoken's GPT-2 encoding);
+    or `train`, for one made from the rows of `data.train` as `new_tokenizer` says. None: the one beside the
+    checkpoint."""
+
+    new_tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer that `tokenizer=train` makes."""
 
     chat_template: str | None = None
-    """File with a Jinja chat template to use instead of the tokenizer's. None: the tokenizer's own."""
+    """Chat template to use instead of the tokenizer's: a file with one in Jinja; `chatml`, whose special tokens are
+    added and end the turns; or `plain`, which needs none. None: the tokenizer's own; for a tokenizer made by this run
+    from conversations, `chatml`."""
 
     special_tokens: dict[str, str] = field(default_factory=dict)
     """Names of special tokens to set on the tokenizer, such as `eos_token: <|im_end|>`. Empty: those it comes with."""

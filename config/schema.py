@@ -14,7 +14,7 @@ from typing import Literal
 
 from config.data_schema import ContractConfig, DataConfig, SourceConfig
 from config.fields import limited
-from config.model_schema import AdapterConfig, ModelConfig
+from config.model_schema import AdapterConfig, ModelConfig, TokenizerConfig
 
 __all__ = [
     "AdapterConfig",
@@ -27,6 +27,7 @@ __all__ = [
     "OutputConfig",
     "RunConfig",
     "SourceConfig",
+    "TokenizerConfig",
     "TrackingConfig",
     "TrainingConfig",
 ]

@@ -24,8 +24,9 @@ from config.loader import ConfigError, read_command_line
 from scripts.inspecting.choice import Choice, sides_of
 from scripts.inspecting.page import page, page_data
 from scripts.inspecting.terminal import bracketed, coloured, without_controls
-from src.data import TokenizedData, build_datasets
+from src.data import TokenizedData, build_datasets, token_folder
 from src.model import load_tokenizer
+from src.new_tokenizer import with_tokenizer
 from src.view import RowViewer
 from utils.errors import UserError
 from utils.files import write_text
@@ -114,7 +115,8 @@ def _write(path: Path, text: str) -> None:
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = read_command_line(["--config", arguments.config, *overrides]).config
-    tokenizer = load_tokenizer(config.model)
+    folder = token_folder(config.data, config.output)
+    tokenizer = load_tokenizer(with_tokenizer(config.model, config.data, cache_folder=folder))
     data = build_datasets(config.data, tokenizer)
     side = "train" if arguments.row is not None and arguments.side is None else arguments.side
     default = ROWS if arguments.html is None else ROWS_OF_A_PAGE

@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.loader import ConfigError, read_command_line
 from config.schema import ModelConfig, RunConfig
+from src.context import check_length, context_length
 from src.contract import ContractError, Finding, percent
 from src.data import build_datasets, token_folder
-from src.model import context_length, load_settings, load_tokenizer
+from src.model import load_settings, load_tokenizer
+from src.new_tokenizer import with_tokenizer
 from src.pack_report import pack_report
 from src.packing import PackedRows
 from utils.errors import UserError
@@ -36,9 +38,10 @@ def prepare(config: RunConfig) -> int:
     Raises:
         UserError: the recipe or its data is not right; it says what to change.
     """
-    tokenizer = load_tokenizer(config.model)
-    context = _context(config.model, tokenizer)
     folder = token_folder(config.data, config.output)
+    model = with_tokenizer(config.model, config.data, cache_folder=folder)
+    tokenizer = load_tokenizer(model)
+    context = _context(model, tokenizer, config.data.max_length)
     try:
         data = build_datasets(config.data, tokenizer, context_length=context, cache_folder=folder)
     except ContractError as error:
@@ -54,12 +57,14 @@ def prepare(config: RunConfig) -> int:
     return 1 if any(finding.broken for finding in data.findings) else 0
 
 
-def _context(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The model's context, or None where only its tokenizer is there."""
+def _context(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int | None:
+    """The model's context, which rows of `max_length` tokens fit, or None where only its tokenizer is there."""
     folder = Path(config.path or "")
     if config.path is not None and folder.is_dir() and not (folder / "config.json").is_file():
         return None
-    return context_length(load_settings(config, tokenizer))
+    settings = load_settings(config, tokenizer)
+    check_length(settings, max_length)
+    return context_length(settings)
 
 
 def account_lines(side: str, report: dict[str, Any], packs: dict[str, Any], max_length: int) -> Iterator[str]:

@@ -74,7 +74,7 @@ def cache_key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: S
     """
     parts = {
         "config": _what_matters(config),
-        "sources": [_content(source) for source in sources],
+        "sources": [content_of(source) for source in sources],
         "tokenizer": _tokenizer_sha256(tokenizer),
         "day": _day(config, tokenizer),
         "code": code_sha256(stages(ROOT)),
@@ -97,7 +97,7 @@ def _day(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
     return date.today().isoformat() if asks else None
 
 
-def _content(source: SourceRows) -> list[Any]:
+def content_of(source: SourceRows) -> list[Any]:
     """The digests of a source's files, those of a saved data set among them; of a Hub data set its commit."""
     folder = Path(source.path).expanduser()
     saved = [] if source.files or not folder.is_dir() else _files(folder)

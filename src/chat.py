@@ -64,8 +64,9 @@ class ChatTemplate:
         """
         if not tokenizer.chat_template:
             raise UserError(
-                "the tokenizer has no chat template, which conversations need; give a Jinja file as "
-                "model.chat_template, or a tokenizer that has one as model.tokenizer"
+                "the tokenizer has no chat template, which conversations need, and which one its model knows cannot be "
+                "told from it: for a base model add --model.chat_template chatml; else give the model's own as a Jinja "
+                "file in model.chat_template, or a tokenizer that has one as model.tokenizer"
             )
         fixed = None if day is None else _parsed_day(day)
         own = (tokenizer.get_chat_template(), _source_with_tools(tokenizer))

@@ -3,7 +3,7 @@
 answers = generate(model, tokenizer, ["<|im_start|>user\\nWhat is LoRA?<|im_end|>\\n..."], max_new_tokens=64)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -18,11 +18,15 @@ from transformers.utils import find_adapter_config_file
 
 from src.alignment import supervised_spans
 from src.chat import CALL_STOPS, ChatTemplate
+from src.context import generation_length
 from src.formats import Conversation
 from src.refusal import Refusal
 from src.tokenizer_check import check_ids
 from utils.distributed import accelerator_name
 from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 QUESTION = {"role": "user", "content": "question"}
 ANSWER = {"role": "assistant", "content": "answer"}
@@ -104,6 +108,39 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
     return ChatTemplate.of(tokenizer).render([conversation], generation_prompt=True)[0]
 
 
+def _batches(
+    lengths: Sequence[int], batch_rows: int, max_new_tokens: int, context: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Which prompts are continued together, shortest first, and by how many tokens at most.
+
+    Prompts whose answers the context cuts short stand with others of their length alone, so that each gets all the room
+    that it has; one that fills the context stands in no batch.
+
+    Args:
+        lengths: tokens of each prompt.
+        context: of the model, in tokens; None: not known.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    groups = [(order, max_new_tokens)]
+    if context is not None:
+        whole = context - max_new_tokens
+        groups = [([index for index in order if lengths[index] <= whole], max_new_tokens)]
+        tight = sorted({length for length in lengths if whole < length < context})
+        groups += [([index for index in order if lengths[index] == length], context - length) for length in tight]
+        if (longest := lengths[order[-1]]) > whole:
+            log.warning(
+                "the model's context of %d tokens ends the answers to prompts of more than %d early, and those of %d "
+                "or more have none; the longest has %d",
+                context,
+                max(whole, 0),
+                context,
+                longest,
+            )
+    for group, room in groups:
+        for start in range(0, len(group), batch_rows):
+            yield group[start : start + batch_rows], room
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -129,12 +166,12 @@ def generate(
         special_tokens_in_prompts: whether the prompts hold their special tokens already, as a chat template writes
             them; if not, the tokenizer adds its own.
     Returns:
-        An answer for each prompt, without special tokens.
+        An answer for each prompt, without special tokens; one ends where the model's context does, and is empty if
+        the prompt fills that.
     """
     if not prompts:
         return []
     encoded = tokenizer(list(prompts), add_special_tokens=not special_tokens_in_prompts)["input_ids"]
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -148,14 +185,15 @@ def generate(
     training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
-    for start in range(0, len(order), batch_rows):
-        batch = order[start : start + batch_rows]
+    context = generation_length(model.config)
+    for batch, room in _batches([len(ids) for ids in encoded], batch_rows, max_new_tokens, context):
         longest = max(len(encoded[index]) for index in batch)
         ids_BL = torch.full((len(batch), longest), tokenizer.pad_token_id, device=device)
         mask_BL = torch.zeros_like(ids_BL)
         for row, index in enumerate(batch):  # padding on the left, so that every answer starts at the same place
             ids_BL[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index], device=device)
             mask_BL[row, longest - len(encoded[index]) :] = 1
+        settings.max_new_tokens = room
         with torch.compiler.set_stance("force_eager"):  # layers that a run has compiled know no cache
             out_BL = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings)
         texts = tokenizer.batch_decode(out_BL[:, longest:], skip_special_tokens=True)

@@ -14,7 +14,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,13 +25,16 @@ from transformers import (
 )
 
 from config.schema import ModelConfig
+from src.architectures import settings_from
 from src.attention import DOCUMENTS
 from src.attention_choice import use_attention
-from src.families import check_code, check_family, refuse_own_code, settings_read_by
+from src.chat_setup import grow_embeddings, set_chat_template, template_tokens
+from src.context import scale_context
+from src.families import check_code, check_family, refuse_own_code
 from src.generation import set_stops
 from src.tokenizer_check import check_ids, check_saved
 from utils.distributed import accelerator_name
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -66,16 +68,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trusted)
         except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer could be loaded from {source}: {_in_one_line(error)}") from error
+            raise UserError(f"no tokenizer could be loaded from {source}: {in_one_line(error)}") from error
         check_ids(tokenizer, source, revision)
     for role, token in config.special_tokens.items():
         _set_special_token(tokenizer, role, token)
-    _choose_pad_token(tokenizer)
     if config.chat_template is not None:
-        path = Path(config.chat_template)
-        if not path.is_file():
-            raise UserError(f"model.chat_template={path} does not exist; give a file with a Jinja chat template")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        set_chat_template(tokenizer, config.chat_template, keeps_eos="eos_token" in config.special_tokens)
+    _choose_pad_token(tokenizer)
     return tokenizer
 
 
@@ -110,12 +109,14 @@ def load_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 
     Raises:
         UserError: the checkpoint is not there or no causal language model, needs code that is not trusted, the
-            architecture is unknown, or its vocabulary is smaller than the tokenizer's.
+            architecture is unknown, its vocabulary is smaller than the tokenizer's, or its positions contradict
+            `model.rope_scaling`.
     """
     if config.path is None:
-        settings = _settings_from_architecture(config.architecture, tokenizer)
+        settings = settings_from(config.architecture, tokenizer)
         check_family(settings, f"model.architecture.model_type={settings.model_type}")
         check_saved(tokenizer, settings)
+        scale_context(settings, config.rope_scaling)
         return settings
     _check_local(config.path, "model.path", "config.json")
     if config.trust_remote_code:
@@ -127,7 +128,7 @@ def load_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     except (OSError, ValueError, StrictDataclassError) as error:
         if not config.trust_remote_code:
             refuse_own_code(config.path, config.revision)
-        raise UserError(f"model.path={config.path} could not be read: {_in_one_line(error)}") from error
+        raise UserError(f"model.path={config.path} could not be read: {in_one_line(error)}") from error
     check_family(settings, f"model.path={config.path}")
     if config.tokenizer is not None and not getattr(settings, "auto_map", None):
         check_saved(tokenizer, settings)
@@ -138,56 +139,13 @@ def load_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
             f"{config.tokenizer or config.path} gives ids up to {own - 1}; they do not belong together: set "
             "model.tokenizer to the one that the checkpoint was trained with"
         )
+    scale_context(settings, config.rope_scaling)
     return settings
-
-
-def _settings_from_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    fields = dict(architecture)
-    kind = fields.pop("model_type")
-    fields.setdefault("vocab_size", vocabulary_size(tokenizer))
-    if fields["vocab_size"] < vocabulary_size(tokenizer):
-        raise UserError(
-            f"model.architecture.vocab_size={fields['vocab_size']} is below the {vocabulary_size(tokenizer)} tokens of "
-            "the tokenizer; raise it, or leave it out"
-        )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        fields.setdefault(name, getattr(tokenizer, name))
-    try:
-        settings = AutoConfig.for_model(kind, **fields)
-    except StrictDataclassError as error:
-        raise UserError(f"model.architecture does not suit '{kind}': {_in_one_line(error)}") from error
-    except ValueError as error:
-        if kind in CONFIG_MAPPING:
-            raise UserError(f"model.architecture does not suit '{kind}': {_in_one_line(error)}") from error
-        near = difflib.get_close_matches(kind, CONFIG_MAPPING, n=3) or ["llama"]
-        raise UserError(
-            f"model.architecture.model_type={kind} is not one that transformers knows; did you mean "
-            f"{' or '.join(near)}?"
-        ) from error
-    known = settings_read_by(settings)
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
-        raise UserError(
-            f"model.architecture has settings that '{kind}' does not know: "
-            + "; ".join(f"{name}" + (f" (did you mean {match[0]}?)" if match else "") for name, match in near.items())
-        )
-    return settings
-
-
-def context_length(settings: PreTrainedConfig) -> int | None:
-    """The tokens that a model was made to see at once, or None where its config does not say."""
-    return getattr(settings.get_text_config(), "max_position_embeddings", None)
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that an embedding needs for every id of the tokenizer: its largest id and one."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _own_size(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> int:
     """The vocabulary's size before this run added padding or special tokens to it."""
-    added = {PAD_TOKEN, *config.special_tokens.values()}
+    added = {PAD_TOKEN, *config.special_tokens.values(), *template_tokens(config.chat_template)}
     return max(index for token, index in tokenizer.get_vocab().items() if token not in added) + 1
 
 
@@ -222,7 +180,7 @@ def load_model(
     except ImportError as error:
         raise UserError(
             f"this machine lacks what model.attention={config.attention} or model.quantization={config.quantization} "
-            f"needs: {_in_one_line(error)}. Install it, or use model.attention=auto and model.quantization=none"
+            f"needs: {in_one_line(error)}. Install it, or use model.attention=auto and model.quantization=none"
         ) from error
     except KeyError as error:
         raise UserError(f"the model's config names {error}, which transformers does not have; correct it") from error
@@ -233,16 +191,7 @@ def load_model(
             "every micro-batch; model.dtype=bfloat16 takes half their memory and no cast, but rounds what runs between "
             "products and what adapter.modules_to_save trains to 8 bits too"
         )
-    needed, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
-    if needed > rows:
-        log.info("embeddings grow from %d to %d rows for tokens that are new to the checkpoint", rows, needed)
-        if not trains_all:
-            log.warning(
-                "the adapter will hold the grown embeddings whole, and the new rows do not train unless "
-                "adapter.modules_to_save names them; to avoid both, name special tokens that the tokenizer has in "
-                "model.special_tokens"
-            )
-        model.resize_token_embeddings(needed)
+    grow_embeddings(model, tokenizer, trains_all=trains_all, becomes_chat=config.chat_template is not None)
     model.config.pad_token_id = tokenizer.pad_token_id
     set_stops(model, tokenizer)
     return model
@@ -266,7 +215,7 @@ def _from_checkpoint(
             **options,
         )
     except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise UserError(f"the weights of {config.path} could not be loaded: {_in_one_line(error)}") from error
+        raise UserError(f"the weights of {config.path} could not be loaded: {in_one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     mismatched = sorted(f"{name} of {tuple(given)} for {tuple(own)}" for name, given, own in report["mismatched_keys"])
     if missing or mismatched:
@@ -356,8 +305,3 @@ def _check_weights(folder: Path) -> None:
             raise UserError(
                 f"model.path={folder} is incomplete: {path.name} is damaged or cut short ({error}); fetch it again"
             ) from error
-
-
-def _in_one_line(error: Exception) -> str:
-    """What another library says, short enough to be read."""
-    return " ".join(str(error).split())[:500]

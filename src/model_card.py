@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from config.architectures import expanded
 from utils.hub import is_hub_id, launch_folder
 from utils.redaction import public_record
 
@@ -184,7 +185,8 @@ def _linked_base(run: _Run) -> str:
 
 def _summary(run: _Run) -> str:
     if run.base is None:
-        kind = f"A language model ({run.get('model.architecture.model_type', 'causal')}) trained from random weights"
+        model_type = expanded(run.get("model.architecture", {})).get("model_type", "causal")
+        kind = f"A language model ({model_type}) trained from random weights"
     elif run.adapter:
         kind = f"A LoRA adapter for {_linked_base(run)}"
     else:

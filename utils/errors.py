@@ -9,3 +9,8 @@ class UserError(ValueError):
 
     Commands print it without a traceback and exit with 2.
     """
+
+
+def in_one_line(error: Exception) -> str:
+    """What another library says, short enough to be read."""
+    return " ".join(str(error).split())[:500]
