@@ -37,6 +37,7 @@ def train(command: CommandLine) -> None:
     from src.compilation import CompiledLayers, check_compilation
     from src.contract import enforce
     from src.data import build_datasets, token_folder
+    from src.freezing import freeze_weights
     from src.loss import SupervisedLoss
     from src.model import context_length, load_model, load_settings, load_tokenizer
     from src.pack_report import pack_report
@@ -93,6 +94,8 @@ def train(command: CommandLine) -> None:
     eval_packs = PackedRows.of(data.eval, packs_config) if data.eval else None
     if config.training.gradient_checkpointing != "none":
         recompute_activations(model, config.training.gradient_checkpointing)
+    if config.adapter.kind == "none":
+        freeze_weights(model, config.freeze, config.optim)
     model = add_adapter(model, config.adapter, revision=config.model.revision)
     parameters = count_parameters(model)
     log.info("%s parameters, of which %s train", f"{parameters['total']:,}", f"{parameters['trainable']:,}")

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from config.schema import AdapterConfig
+from src.activations import recompute_activations
 from src.adapters import add_adapter, casts_left_to_autocast, layers_without_dropout
 from src.loss import SupervisedLoss
-from src.model import recompute_activations
 from src.noise import noisy_embeddings
 from tests.gpu_runs import build, small_model
 from utils.distributed import leave_group
