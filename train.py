@@ -43,6 +43,7 @@ def train(command: CommandLine) -> None:
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.precision import Precision, warn_of_lost_updates
+    from src.quantization import check_base
     from src.run import open_run, publish
     from src.streaming import stream_datasets
     from src.trainer import SFTTrainer
@@ -75,6 +76,7 @@ def train(command: CommandLine) -> None:
 
     tokenizer = load_tokenizer(config.model)
     settings = load_settings(config.model, tokenizer)
+    check_base(config.model, settings, trains_all=config.adapter.kind == "none")
     limits = {"context_length": context_length(settings), "cache_folder": token_folder(config.data, config.output)}
     if config.data.streaming:
         stream, data = stream_datasets(config.data, tokenizer, **limits)
@@ -133,7 +135,7 @@ def train(command: CommandLine) -> None:
         run.record("data.json", train_packs.report(data.report, trainer.feed.mark.tallies) | packs)
     if eval_packs:
         trainer.evaluate_once()
-    run.export(trainer)
+    run.export(trainer, qat=config.model.qat)
     run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters, precision=precision.told())
     if config.hub.repo_id and is_main_process():
         publish(run, config.hub)

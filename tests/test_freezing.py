@@ -180,6 +180,8 @@ def test_a_run_changes_what_trains_alone_and_goes_on_exactly(tmp_path, optimizer
         assert done.code == 0, done.stderr
     assert "MiB saved" in done.stderr
     outputs = tmp_path / "outputs"
+    card = (outputs / "whole" / "README.md").read_text()
+    assert "of the weights, the last 1 layers, lm_head.weight train" in card
     before, after = (weights_of(outputs / "whole" / part) for part in ("checkpoint-2", "model"))
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {f"model.layers.1.{name}.weight" for name in LAST} | {"model.norm.weight", "lm_head.weight"}
