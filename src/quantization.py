@@ -29,6 +29,7 @@ from transformers import (
 from config.schema import ModelConfig
 from utils.distributed import accelerator_name, shards_weights
 from utils.errors import UserError
+from utils.launch import processes_started
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -51,10 +52,16 @@ def check_base(config: ModelConfig, settings: PreTrainedConfig, *, trains_all: b
     Args:
         trains_all: whether the weights themselves train, and no adapter.
     Raises:
-        UserError: a package is missing, the checkpoint is quantized otherwise or in a way that nothing trains on, or
-            rows of weights do not part into groups.
+        UserError: a package is missing, the checkpoint is quantized otherwise or in a way that nothing trains on, rows
+            of weights do not part into groups, or several processes would have to share weights of torchao.
     """
     _check_own(config, settings, trains_all=trains_all)
+    held = own_format(settings) or config.quantization
+    if held.startswith("torchao") and processes_started() > 1:  # DDP, and FSDP when it shards, take views of weights
+        raise UserError(
+            f"weights in {held} cannot be sent between the {processes_started()} processes of this run; start one, or "
+            "use model.quantization=nf4 or int8 on a checkpoint that is not quantized"
+        )
     if config.quantization.startswith("torchao") or config.qat != "none":
         field = f"model.qat={config.qat}" if config.qat != "none" else f"model.quantization={config.quantization}"
         if importlib.util.find_spec("torchao") is None:

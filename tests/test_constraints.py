@@ -58,11 +58,6 @@ def check(text, options):
         (NEW, "--model.quantization nf4 --adapter.kind lora", ["adapter.kind=lora", "model.architecture"]),
         (VALID, "--model.quantization nf4", ["model.quantization=nf4", "adapter.kind=none"]),
         (VALID, "--model.quantization int8 --adapter.kind lora --model.dtype float64", ["int8", "model.dtype=float64"]),
-        (
-            VALID,
-            "--model.quantization int8 --adapter.kind lora --model.quant_storage bfloat16",
-            ["quant_storage=bfloat16"],
-        ),
         (VALID, "--model.double_quant False", ["model.double_quant=false", "model.quantization=none"]),
         (VALID, "--model.qat int4 --adapter.kind lora", ["qat=int4", "adapter.kind=lora"]),
         (VALID, "--freeze.train norms --adapter.kind lora", ["freeze.train given with adapter.kind=lora"]),

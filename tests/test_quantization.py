@@ -164,12 +164,50 @@ def test_what_no_run_can_train_on_is_refused_before_it_loads(tmp_path, own, fiel
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize(("name", "flows"), [("IntxWeightOnly", True), ("Int8DynamicActivationIntx", False)])
+def test_rounded_activations_let_no_gradient_through_to_adapters(tmp_path, name, flows):
+    torchao = pytest.importorskip("torchao.quantization")
+    write_checkpoint(tmp_path, **SIZES)
+    granularity = {"granularity" if flows else "weight_granularity": torchao.PerGroup(32)}
+    rounding = getattr(torchao, f"{name}{'' if flows else 'Weight'}Config")(weight_dtype=torch.int4, **granularity)
+    gradients = []
+    for plain_activations in (False, True):
+        model = base_of(tmp_path)
+        torchao.quantize_(
+            model, rounding, lambda module, name: isinstance(module, torch.nn.Linear) and "lm_" not in name
+        )
+        if plain_activations:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear) and hasattr(module.weight, "dequantize"):
+                    module.weight = torch.nn.Parameter(module.weight.dequantize())
+        model = add_adapter(model, AdapterConfig(kind="lora", rank=2)).train()
+        torch.manual_seed(1)
+        matrices = [weight for name, weight in model.named_parameters() if "lora_" in name]
+        for weight in matrices:
+            torch.nn.init.normal_(weight, std=0.1)
+        ids = torch.arange(3, 40)[None]
+        model(ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in matrices]))
+    likeness = torch.cosine_similarity(*gradients, dim=0)
+    # Where this fails for the second, torchao has learned to pass a gradient, and `check_base` may let it in.
+    assert likeness > 0.9999 if flows else likeness < 0.5
+
+
 def test_a_missing_torchao_is_an_error_that_names_the_file(tmp_path):
     write_checkpoint(tmp_path, **SIZES)
     with mock.patch("importlib.util.find_spec", return_value=None):
         for fields in ({"quantization": "torchao_int8"}, {"qat": "int4"}):
             with pytest.raises(UserError, match=r"requirements/quantization\.txt"):
                 base_of(tmp_path, **fields)
+
+
+def test_torchaos_weights_are_refused_in_several_processes(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    write_checkpoint(tmp_path, **SIZES)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchao_int8 cannot be sent between the 2 processes"):
+        base_of(tmp_path, quantization="torchao_int8")
+    base_of(tmp_path, trains_all=True, qat="int4")  # trains plain weights
 
 
 def test_rows_that_do_not_part_into_groups_are_an_error_before_the_model_loads(tmp_path):
