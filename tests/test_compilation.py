@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from config.schema import TrainingConfig
 from src import compilation
+from src.activations import recompute_activations
 from src.compilation import (
     PAYING_MICRO_BATCHES,
     check_compilation,
@@ -25,7 +26,6 @@ from src.compilation import (
 )
 from src.generation import generate
 from src.loss import SupervisedLoss
-from src.model import recompute_activations
 from src.packing import PackCollator
 from tests.gpu_runs import BOUNDS, VOCABULARY, small_model, small_tokenizer
 from utils.errors import UserError

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM, TorchAoConfig
 
 from config.schema import AdapterConfig, ModelConfig, OptimConfig
 from src.adapters import add_adapter, count_parameters
@@ -232,6 +232,25 @@ def test_a_checkpoint_in_four_bits_is_loaded_as_it_is(tmp_path):
     )
     assert held.quant_type == "nf4"
     assert torch.equal(held.data, made.data)
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_a_checkpoint_of_torchaos_is_loaded_as_it_is(tmp_path, name):
+    torchao = pytest.importorskip("torchao.quantization")
+    plain = write_checkpoint(tmp_path / "plain", **SIZES)
+    rounding = TorchAoConfig(getattr(torchao, name)())
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=rounding).save_pretrained(tmp_path / "base")
+    toy_tokenizer().save_pretrained(tmp_path / "base")
+    recipe = write_recipe(tmp_path, model=from_checkpoint(tmp_path / "base"), adapter={"kind": "lora", "rank": 2})
+    done = run_train("--config", recipe)
+    assert done.code == 0, done.stderr
+    kind = {"Int8WeightOnlyConfig": "torchao_int8", "Float8WeightOnlyConfig": "torchao_float8"}[name]
+    held, made = (
+        base.model.layers[0].mlp.up_proj.weight
+        for base in (base_of(tmp_path / "base"), base_of(plain, quantization=kind))
+    )
+    assert type(held) is type(made)
+    assert torch.equal(held.dequantize(), made.dequantize())
 
 
 def test_fp8_is_dequantized_where_every_weight_trains(tmp_path):
