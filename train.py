@@ -40,12 +40,14 @@ def train(command: CommandLine) -> None:
     from src.contract import enforce
     from src.data import build_datasets, token_folder
     from src.families import causal_class
+    from src.freezing import freeze_weights
     from src.loss import SupervisedLoss
     from src.model import load_model, load_settings, load_tokenizer
     from src.new_tokenizer import keep_tokenizer, with_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.precision import Precision, warn_of_lost_updates
+    from src.quantization import check_base
     from src.router_loss import check_router_loss
     from src.run import open_run, publish
     from src.streaming import stream_datasets
@@ -83,6 +85,7 @@ def train(command: CommandLine) -> None:
     )
     tokenizer = load_tokenizer(model_config)
     settings = load_settings(model_config, tokenizer)
+    check_base(config.model, settings, trains_all=config.adapter.kind == "none")
     check_router_loss(causal_class(settings), config.training.router_aux_loss)
     check_length(settings, config.data.max_length)
     known_rows = settings.get_text_config().vocab_size
@@ -106,6 +109,8 @@ def train(command: CommandLine) -> None:
     eval_packs = PackedRows.of(data.eval, packs_config) if data.eval else None
     if config.training.gradient_checkpointing != "none":
         recompute_activations(model, config.training.gradient_checkpointing)
+    if config.adapter.kind == "none":
+        freeze_weights(model, config.freeze, config.optim)
     model = add_adapter(model, config.adapter, revision=config.model.revision)
     parameters = count_parameters(model)
     log.info("%s parameters, of which %s train", f"{parameters['total']:,}", f"{parameters['trainable']:,}")
@@ -149,7 +154,7 @@ def train(command: CommandLine) -> None:
         run.record("data.json", train_packs.report(data.report, trainer.feed.mark.tallies) | packs)
     if eval_packs:
         trainer.evaluate_once()
-    run.export(trainer)
+    run.export(trainer, qat=config.model.qat)
     run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters, precision=precision.told())
     if config.hub.repo_id and is_main_process():
         publish(run, config.hub)

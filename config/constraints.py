@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from config.base_constraints import base_problems
 from config.model_constraints import model_problems
 from config.schema import AdapterConfig, OptimConfig, RunConfig, SourceConfig, TrackingConfig, TrainingConfig
 from config.trust import is_folder, trust_problems
@@ -56,7 +57,7 @@ def check_constraints(config: RunConfig) -> None:
     """
     checks = (_blanks(config), _model(config), _precision(config), _adapter(config.adapter), _data(config))
     problems = [problem for check in checks for problem in check]
-    problems += [*_activations(config.training), *_micro_batches(config), *_optim(config)]
+    problems += [*base_problems(config), *_activations(config.training), *_micro_batches(config), *_optim(config)]
     problems += [*_evaluation(config), *_services(config)]
     if problems:
         raise ConfigError(problems)
@@ -134,18 +135,6 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield (
             f"adapter.kind={config.adapter.kind} saves the adapter alone, and model.architecture starts from random "
             "weights, which nobody could load again; give model.path instead, or adapter.kind=none"
-        )
-    if model.quantization == "none":
-        return
-    if config.adapter.kind == "none":
-        yield (
-            f"model.quantization={model.quantization} freezes the weights and adapter.kind=none trains them; give "
-            "adapter.kind=lora, or model.quantization=none"
-        )
-    if model.dtype == "float64":
-        yield (
-            f"model.quantization={model.quantization} cannot compute in model.dtype=float64; use model.dtype=bfloat16, "
-            "or auto"
         )
 
 

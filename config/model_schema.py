@@ -87,8 +87,17 @@ class ModelConfig:
     """Attention implementation: `documents`, which attends in each row of a pack alone and needs no extra package, or a
     transformers name. `auto`: `documents` where it serves the model and the device, else the fastest that does."""
 
-    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
-    """bitsandbytes format of the frozen weights: 4-bit (`nf4`, `fp4`) or 8-bit (`int8`). Needs an adapter."""
+    quantization: Literal["none", "nf4", "fp4", "int8", "torchao_int8", "torchao_int4", "torchao_float8"] = "none"
+    """Format of the frozen weights. 4-bit (`nf4`, `fp4`) or 8-bit (`int8`) of bitsandbytes, or torchao's, which round
+    weights alone; each needs an adapter. A checkpoint that is quantized already keeps its own."""
+
+    double_quant: bool = True
+    """Whether scales of 4-bit weights are quantized too. That takes 0.516 bytes a weight in place of 0.563
+    (arXiv:2305.14314)."""
+
+    qat: Literal["none", "int4", "int8_int4"] = "none"
+    """Rounding that weights learn with. The result is written in it, by torchao: 4-bit weights (`int4`), or
+    beside them 8-bit activations (`int8_int4`). Trains without an adapter."""
 
     trust_remote_code: bool = False
     """Whether code that ships with the checkpoint at `path` may run on this machine. Of a Hub checkpoint, `revision`
@@ -120,3 +129,19 @@ class AdapterConfig:
 
     rslora: bool = False
     """Whether the scale is alpha / sqrt(rank), which keeps large ranks stable (arXiv:2312.03732)."""
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """Which of the model's own weights train, where no adapter does."""
+
+    train: tuple[str, ...] = ()
+    """Weights that train. `norms`; `all_but_embeddings`, which leaves out the head too; or globs of parameter names,
+    such as `lm_head.*`, of which each must match. Empty: all, or those of `last_layers` alone."""
+
+    last_layers: int | None = limited(None, ge=1)
+    """Layers nearest the head that train, at least 1. The norm after them does too, head and embeddings do not. None:
+    as `train` says."""
+
+    frozen: tuple[str, ...] = ()
+    """Globs of names that do not train. They go before what `train` names; each must match. Empty: none."""

@@ -14,13 +14,14 @@ from typing import Literal
 
 from config.data_schema import ContractConfig, DataConfig, SourceConfig
 from config.fields import limited
-from config.model_schema import AdapterConfig, ModelConfig, TokenizerConfig
+from config.model_schema import AdapterConfig, FreezeConfig, ModelConfig, TokenizerConfig
 
 __all__ = [
     "AdapterConfig",
     "ContractConfig",
     "DataConfig",
     "EvaluationConfig",
+    "FreezeConfig",
     "HubConfig",
     "ModelConfig",
     "OptimConfig",
@@ -220,6 +221,9 @@ class RunConfig:
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """What trains: every weight, or a low-rank adapter."""
+
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    """Which of the model's own weights train, where no adapter does."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """What the model learns from, and what is measured on."""

@@ -120,7 +120,7 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     for parameter in model.parameters():
         number = parameter.numel()
         if type(parameter).__name__ == "Params4bit":
-            number *= 2  # two 4-bit numbers a byte
+            number *= 2 * parameter.element_size()  # two 4-bit numbers a byte
         total += number
         trainable += number if parameter.requires_grad else 0
     return {"trainable": trainable, "total": total}

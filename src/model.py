@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,6 +31,7 @@ from src.chat_setup import grow_embeddings, set_chat_template, template_tokens
 from src.context import scale_context
 from src.families import check_code, check_family, refuse_own_code
 from src.generation import set_stops
+from src.quantization import finish_base, loading_options
 from src.tokenizer_check import check_ids, check_saved
 from utils.distributed import accelerator_name
 from utils.errors import UserError, in_one_line
@@ -160,7 +160,7 @@ def load_model(
     """The model of a run, on the CPU unless it is quantized, with embeddings for every token of the tokenizer.
 
     Args:
-        settings: from `load_settings`.
+        settings: from `load_settings`; `src.quantization.check_base` says whether a run can train on what they name.
         trains_all: whether every weight trains, for which `auto` means float32.
         autocasts: whether float32 weights train under autocast, which flash-attention needs of them.
     Raises:
@@ -176,7 +176,9 @@ def load_model(
             dtype = getattr(torch, "float32" if dtype == "auto" else dtype)
             model = AutoModelForCausalLM.from_config(settings, dtype=dtype, **options)
         else:
-            model = _from_checkpoint(config, settings, dtype if dtype == "auto" else getattr(torch, dtype), options)
+            dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+            options |= loading_options(config, settings, trains_all=trains_all, dtype=dtype)
+            model = _from_checkpoint(config, settings, dtype, options)
     except ImportError as error:
         raise UserError(
             f"this machine lacks what model.attention={config.attention} or model.quantization={config.quantization} "
@@ -192,6 +194,7 @@ def load_model(
             "products and what adapter.modules_to_save trains to 8 bits too"
         )
     grow_embeddings(model, tokenizer, trains_all=trains_all, becomes_chat=config.chat_template is not None)
+    finish_base(model, config)
     model.config.pad_token_id = tokenizer.pad_token_id
     set_stops(model, tokenizer)
     return model
@@ -200,9 +203,6 @@ def load_model(
 def _from_checkpoint(
     config: ModelConfig, settings: PreTrainedConfig, dtype: torch.dtype | str, options: dict[str, Any]
 ) -> PreTrainedModel:
-    if config.quantization != "none":
-        options["quantization_config"] = _quantization(config.quantization)
-        options["device_map"] = {"": _device_index()}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -224,36 +224,7 @@ def _from_checkpoint(
             f"the checkpoint {config.path} is incomplete: {len(missing)} weights are missing and {len(mismatched)} "
             f"have another shape ({names}); fetch or convert it again"
         )
-    _keep_differentiable(model)
     return model
-
-
-def _keep_differentiable(model: PreTrainedModel) -> None:
-    """Forbid a layout of 4-bit weights through which no gradient flows.
-
-    On CPUs with AVX512-BF16, bitsandbytes lays weights out anew at the first evaluation, for a faster product without a
-    backward, and keeps to it: a run that is evaluated before it trains would learn from wrong gradients.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _device_index() -> int | str:
-    """The device that quantized weights are made on, which is the one that trains them."""
-    return torch.accelerator.current_device_index() if accelerator_name() != "cpu" else "cpu"
-
-
-def _quantization(kind: str) -> BitsAndBytesConfig:
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    half = torch.bfloat16 if accelerator_name() != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=half,
-    )
 
 
 def _check_local(source: str, field: str, needed: str) -> None:

@@ -285,7 +285,12 @@ def _training(run: _Run) -> str:
 
 def _method(run: _Run) -> str:
     if run.get("adapter.kind", "none") == "none":
-        return "every weight trains"
+        last = run.get("freeze.last_layers")
+        parts = [f"the last {last} layers"] * bool(last) + list(run.get("freeze.train", ()))
+        text = f"of the weights, {', '.join(parts)} train" if parts else "every weight trains"
+        text += f", but not {', '.join(run.get('freeze.frozen'))}" if run.get("freeze.frozen") else ""
+        qat = run.get("model.qat", "none")
+        return text + (f"; weights are rounded ({qat}), and need torchao to load" if qat != "none" else "")
     scale = "alpha / sqrt(rank)" if run.get("adapter.rslora") else "alpha / rank"
     modules = ", ".join(run.get("adapter.target_modules", ()))
     text = f"LoRA of rank {run.get('adapter.rank')}, alpha {run.get('adapter.alpha')} (scale {scale}), "

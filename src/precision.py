@@ -12,6 +12,7 @@ import torch
 
 from config.schema import OptimConfig
 from src.adapters import count_parameters
+from src.quantization import held_bytes, held_format
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -112,14 +113,13 @@ def lost_share(model: torch.nn.Module, change: float) -> float:
 
 
 def _bytes(parameters: Iterable[torch.nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return sum(held_bytes(parameter) for parameter in parameters)
 
 
 def _formats(parameters: Iterable[torch.nn.Parameter]) -> str:
-    """Formats by their share, the largest first; bitsandbytes' by their own names."""
+    """Formats by their share, the largest first; bitsandbytes' and torchao's by their own names."""
     sizes: dict[str, int] = {}
     for parameter in parameters:
-        quantized = {"Params4bit": getattr(parameter, "quant_type", ""), "Int8Params": "int8"}
-        name = quantized.get(type(parameter).__name__) or str(parameter.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + parameter.numel() * parameter.element_size()
+        name = held_format(parameter)
+        sizes[name] = sizes.get(name, 0) + held_bytes(parameter)
     return " and ".join(sorted(sizes, key=lambda name: -sizes[name]))

@@ -19,6 +19,7 @@ from transformers import Trainer
 from config.schema import HubConfig, OutputConfig
 from src.callbacks import clock
 from src.model_card import model_card
+from src.quantization import save_rounded
 from utils.checkpointing import last_checkpoint
 from utils.errors import UserError
 from utils.files import is_write_failure, whole_folder, write_json, write_text
@@ -57,9 +58,11 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
 
-    def export(self, trainer: Trainer) -> None:
+    def export(self, trainer: Trainer, *, qat: str = "none") -> None:
         """Write the model or adapter with its tokenizer to `model/`, whole or not at all; every process calls this.
 
+        Args:
+            qat: rounding that the weights were trained for and are written in, as `model.qat`.
         Raises:
             UserError: the disk is full, or a file cannot be written.
         """
@@ -71,7 +74,10 @@ class Run:
         model = trainer.accelerator.unwrap_model(trainer.model)
         try:
             with whole_folder(self.path / "model") as folder:
-                model.save_pretrained(folder, state_dict=weights)
+                if qat == "none":
+                    model.save_pretrained(folder, state_dict=weights)
+                else:
+                    save_rounded(model, folder, qat, weights)
                 trainer.processing_class.save_pretrained(folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not is_write_failure(error):
