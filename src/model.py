@@ -223,12 +223,6 @@ def load_model(
     needed, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if needed > rows:
         log.info("embeddings grow from %d to %d rows for tokens that are new to the checkpoint", rows, needed)
-        if not trains_all:
-            log.warning(
-                "the adapter will hold the grown embeddings whole, and the new rows do not train unless "
-                "adapter.modules_to_save names them; to avoid both, name special tokens that the tokenizer has in "
-                "model.special_tokens"
-            )
         model.resize_token_embeddings(needed)
     model.config.pad_token_id = tokenizer.pad_token_id
     set_stops(model, tokenizer)
