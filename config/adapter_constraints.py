@@ -85,6 +85,8 @@ def _init(config: RunConfig) -> Iterator[str]:
             f"adapter.init={init} ends as plain LoRA, which cannot hold the lengths of adapter.dora; leave out either "
             "of them"
         )
+    if init == "eva" and adapter.beside:
+        yield "adapter.init=eva knows one adapter alone, and adapter.beside has more; use another adapter.init"
     if init == "loftq" and base not in ("nf4", "fp4"):
         yield (
             f"adapter.init=loftq makes up for the error of 4-bit weights, and model.quantization={base}; give "

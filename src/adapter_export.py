@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import save_as_lora
+from peft.tuners.lora import LoraLayer, save_as_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file, save_file
@@ -61,11 +61,11 @@ def save_adapter(
     if config.export_as_lora:
         _save_as_lora(model, folder)
     else:
-        model.save_pretrained(
-            folder, selected_adapters=[NEW], state_dict=state_dict, save_embedding_layers=_embeddings_to_save(model)
-        )
+        # PEFT saves a head that is a target whole, which without its start fits no other base.
+        whole = _embeddings_to_save(model) if start is None else False
+        model.save_pretrained(folder, selected_adapters=[NEW], state_dict=state_dict, save_embedding_layers=whole)
     if start is not None:
-        _subtract_start(folder, start)
+        _subtract_start(model, folder, start)
     if config.beside:
         (folder / BESIDE_FILE).write_text(json.dumps(list(config.beside), indent=2) + "\n", encoding="utf-8")
 
@@ -90,17 +90,21 @@ def _embeddings_to_save(model: PeftModel) -> str | bool:
     return False if held else "auto"
 
 
-def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:
+def _subtract_start(model: PeftModel, folder: Path, start: dict[str, torch.Tensor]) -> None:
     """Make an adapter for a base without its start into one for the whole base, of twice the rank.
 
     W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], with the same scale s. PEFT's own conversion leaves out what trains in
-    full beside the matrices.
+    full beside the matrices. A weight with fewer directions than the rank has matrices of so many, which zeros fill.
     """
     weights = load_file(folder / WEIGHTS)
+    ranks = {name: module.r[NEW] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, tensor in weights.items():
         if name in start:
             first = start[name].to(tensor.dtype)
-            weights[name] = torch.cat((tensor, first), 0) if ".lora_A." in name else torch.cat((tensor, -first), 1)
+            side, sign = (0, 1) if ".lora_A." in name else (1, -1)
+            shape = list(first.shape)
+            shape[side] = 2 * (ranks[name.rsplit(".lora_", 1)[0]] - shape[side])
+            weights[name] = torch.cat((tensor, sign * first, first.new_zeros(shape)), side)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     settings = LoraConfig.from_pretrained(folder)
     growth = 2**0.5 if settings.use_rslora else 2  # of alpha, which is divided by the rank or its root

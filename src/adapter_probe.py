@@ -134,7 +134,9 @@ def _gradients(config: AdapterConfig, base: PreTrainedModel) -> torch.Tensor:
     """
     torch.manual_seed(0)  # of what the adapter starts from
     device = accelerator_name()
-    adapted = add_adapter(base.to(device), config).train()
+    if base.device.type != device:  # quantized weights are made there, and some refuse to be moved
+        base = base.to(device)
+    adapted = add_adapter(base, config).train()
     trained = [values for values in adapted.parameters() if values.requires_grad]
     frozen = [(name, values) for name, values in adapted.named_parameters() if not values.requires_grad]
     ids = (torch.arange(16, device=device)[None] * 7) % base.config.vocab_size

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config.adapter_constraints import CHANGES_BASE
 from config.schema import AdapterConfig
 from src.adapter_methods import check_method, method_settings, peft_fields
-from src.adapter_paths import activate, continued, put_beside
+from src.adapter_paths import NEW, activate, continued, put_beside
 from src.adapter_starts import start_from_rounding_errors
 from src.adapter_targets import check_saved, matching, sides_of_a_tie, target_names, tied_names
 from utils.errors import UserError
@@ -52,6 +52,7 @@ def add_adapter(
     model.disable_input_require_grads()
     if config.path is not None:
         adapted = continued(model, config)
+        _tell_of_untrained_rows(adapted, first_new_row)
     elif checkpoint is not None and config.init == "eva":  # which has dealt out the ranks by the first batches
         settings = PeftConfig.from_pretrained(checkpoint)
         settings.inference_mode = False
@@ -69,6 +70,18 @@ def add_adapter(
             "could hold; leave it out, or use loha, lokr, hira or another that does"
         )
     return adapted
+
+
+def _tell_of_untrained_rows(model: PeftModel, first_new_row: int | None) -> None:
+    """Warn where an adapter that goes on does not train all rows that this run added."""
+    rows = getattr(model.peft_config[NEW], "trainable_token_indices", None) or []
+    known = {row for own in (rows.values() if isinstance(rows, dict) else [rows]) for row in own}
+    end = model.get_input_embeddings().weight.shape[0]
+    if first_new_row is not None and set(range(first_new_row, end)) - known:
+        log.warning(
+            "tokens that are new to the base do not train: adapter.path has no rows of theirs; use the tokenizer that "
+            "is beside that adapter as model.tokenizer, or start a new adapter"
+        )
 
 
 def _started(
@@ -89,21 +102,32 @@ def _started(
         token_rows=_token_rows(model, config, tokenizer, first_new_row),
         keeps_ties=bool(sides_of_a_tie(model, config.modules_to_save)),
     )
-    if config.init.startswith(CHANGES_BASE) and _targeted(model, config):
-        raise UserError(f"adapter.init={config.init} cannot start beside embeddings; take them out of the targets")
+    if config.init.startswith(CHANGES_BASE):
+        _check_start(model, config, first_new_row)
     try:
         return get_peft_model(model, settings)
     except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"adapter.kind={config.kind} cannot be put beside {type(model).__name__}: "
-            f"{' '.join(str(error).split())[:300]}; change adapter.target_modules or adapter.settings, or use lora"
+            f"{' '.join(str(error).split())[:300]}; change adapter.target_modules, adapter.init or "
+            "adapter.settings, or use another adapter"
         ) from error
 
 
-def _targeted(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
-    """The embeddings that get an adapter."""
-    embeddings = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
-    return [name for pattern in config.target_modules for name in matching(pattern, embeddings)]
+def _check_start(model: PreTrainedModel, config: AdapterConfig, first_new_row: int | None) -> None:
+    """
+    Raises:
+        UserError: a target is one whose start cannot be taken out, or put back when it is saved.
+    """
+    modules = {name: module for name, module in model.named_modules() if module is not model}
+    targets = {name for pattern in config.target_modules for name in matching(pattern, modules)}
+    embeddings = [name for name in targets if isinstance(modules[name], torch.nn.Embedding)]
+    head = [name for name in targets if modules[name] is model.get_output_embeddings()]
+    if embeddings or (head and first_new_row is not None):
+        raise UserError(
+            f"adapter.init={config.init} cannot start beside {(embeddings or head)[0]}"
+            f"{'' if embeddings else ', to which this run adds rows'}; take it out of adapter.target_modules"
+        )
 
 
 def _check_ties(model: PreTrainedModel, config: AdapterConfig) -> None:

@@ -1,12 +1,14 @@
 """PEFT's methods by name: each trains and loads again beside its plain base, or is refused with its reason."""
 
 import importlib.util
+import logging
 import re
 import shutil
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from config.schema import AdapterConfig, ModelConfig
@@ -14,6 +16,7 @@ from src.adapter_export import save_adapter, starting_weights
 from src.adapter_methods import check_method, method_names
 from src.adapter_probe import probe_adapter
 from src.adapters import add_adapter
+from src.optim import decayed_names
 from tests.tiny_run import (
     assert_same_run,
     from_checkpoint,
@@ -155,13 +158,14 @@ def test_typed_fields_and_settings_reach_the_method(base):
         {"init": "olora"},
         {"init": "pissa"},
         {"init": "pissa_niter_4"},
+        {"init": "pissa", "rank": 300, "target_modules": ("q_proj", "lm_head")},  # of 256 directions
         {"init": "pissa", "rslora": True, "modules_to_save": ("lm_head",)},
         {"init": "olora", "settings": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}}},
         {"dora": True},
     ],
 )
 def test_whatever_lora_starts_from_it_is_saved_for_the_plain_base(base, tmp_path, config):
-    config = AdapterConfig(kind="lora", rank=4, **config)
+    config = AdapterConfig(**{"kind": "lora", "rank": 4} | config)
     torch.manual_seed(1)
     plain = load(base)
     first = logits_of(plain)
@@ -237,6 +241,43 @@ def test_an_adapter_of_another_method_is_saved_as_lora(base, tmp_path):
         add_adapter(load(base), AdapterConfig(kind="oft", export_as_lora=True))
 
 
+def test_weight_decay_spares_rows_of_tokens(base):
+    words = toy_tokenizer()
+    config = AdapterConfig(kind="lora", rank=2, trainable_tokens=tuple(words.convert_ids_to_tokens([10])))
+    model = add_adapter(load(base), config, tokenizer=words)
+    trained = [name for name, values in model.named_parameters() if values.requires_grad]
+    assert sum("trainable_tokens" in name for name in trained) == 2  # of the embeddings, and of the head
+    assert not [name for name in decayed_names(model) if "trainable_tokens" in name]
+
+
+def test_what_cannot_train_ends_the_run_before_its_model_loads(tmp_path):
+    broken = write_checkpoint(tmp_path / "broken")  # whose weights cannot be loaded
+    tensors = weights_of(broken)
+    tensors.pop("model.norm.weight")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(tmp_path, model=from_checkpoint(broken), adapter={"kind": "lora"})
+    assert "is incomplete: 1 weights are missing" in run_train("--config", recipe).stderr
+    for options, told in (
+        (("--adapter.kind", "lorra"), "did you mean lora?"),
+        (("--adapter.kind", "p_tuning"), "adapter.kind=p_tuning does not train here: it puts virtual tokens"),
+        (
+            ("--adapter.kind", "hra", "--model.quantization", "int8"),
+            "hra does not train beside model.quantization=int8",
+        ),
+    ):
+        done = run_train("--config", recipe, *options)
+        assert done.code == 2
+        assert told in done.stderr
+        assert "incomplete" not in done.stderr
+
+
+@pytest.mark.parametrize(("target", "row"), [("embed_tokens", None), ("lm_head", 318)])
+def test_a_start_that_could_not_be_put_back_is_refused(base, target, row):
+    config = AdapterConfig(kind="lora", rank=2, init="pissa", target_modules=("q_proj", target))
+    with pytest.raises(UserError, match=f"adapter.init=pissa cannot start beside .*{target}"):
+        add_adapter(load(base), config, first_new_row=row)
+
+
 # Adapters that were trained before
 
 
@@ -298,7 +339,7 @@ def test_a_run_beside_another_adapter_resumes_and_its_card_and_generation_load_b
     assert not torch.allclose(logits_of(alone), logits_of(both), atol=1e-2)
 
 
-def test_an_adapter_goes_on_with_its_own_settings(base, tmp_path):
+def test_an_adapter_goes_on_with_its_own_settings(base, tmp_path, caplog, monkeypatch):
     first = trained_adapter(base, tmp_path / "first", 1, target_modules=("q_proj",))
     model = add_adapter(load(base), AdapterConfig(kind="lora", path=str(first)))
     assert torch.equal(logits_of(model), logits_of(PeftModel.from_pretrained(load(base), first)))
@@ -313,6 +354,10 @@ def test_an_adapter_goes_on_with_its_own_settings(base, tmp_path):
             add_adapter(load(base), AdapterConfig(kind="lora", path=str(first), **more))
     with pytest.raises(UserError, match=r"is of kind lora, and adapter.kind=oft"):
         add_adapter(load(base), AdapterConfig(kind="oft", path=str(first)))
+    monkeypatch.setattr(logging.getLogger("smolfactory"), "propagate", True)
+    tail = add_adapter(load(base), AdapterConfig(kind="lora", path=str(first)), first_new_row=318)
+    assert "tokens that are new to the base do not train" in caplog.text
+    assert tail.peft_config["default"].r == 2
     other = write_checkpoint(tmp_path / "other", vocabulary=320)
     with pytest.raises(UserError, match=f"was trained beside {base}, and model.path={other}"):
         add_adapter(load(other), AdapterConfig(kind="lora", path=str(first)))
