@@ -63,7 +63,7 @@ class AdapterConfig:
     """What trains: every weight, or an adapter beside frozen weights."""
 
     kind: str = "none"
-    """`none` trains every weight; `lora` trains low-rank matrices beside the frozen ones (arXiv:2106.09685); any other
+    """`none` trains every weight; `lora` trains low-rank matrices beside the frozen ones (arXiv:2106.09685). Any other
     PEFT method goes by its lower-case name, such as `oft`, `vera` or `ia3`. An unknown name lists them all."""
 
     rank: int | None = limited(None, ge=1)
@@ -74,28 +74,27 @@ class AdapterConfig:
     default."""
 
     dropout: float | None = limited(None, ge=0, lt=1)
-    """Share of the adapter's inputs that is dropped while training, from 0 to below 1. None: the method's own default,
-    0 for LoRA."""
+    """Share of an adapter's inputs that is dropped, from 0 to below 1. None: the method's own default, 0 for LoRA."""
 
     target_modules: tuple[str, ...] = limited(("all-linear",), min_length=1)
-    """Modules that get an adapter: name endings such as `q_proj`, patterns such as `layers.*.mlp.*_proj` in which `*`
+    """Modules that get an adapter. Name endings such as `q_proj`, patterns such as `layers.*.mlp.*_proj` in which `*`
     stands for any text without a dot, or `all-linear` for every linear layer but the head (for `ia3` and `ln_tuning`:
     PEFT's own choice for the model). Each one must match at least one module."""
 
     layers: str | None = None
-    """Layers, counted from 0, whose modules get an adapter: `0-7`, `8-`, `3,5` or `last 4`. Modules outside of the
-    layers, such as `lm_head`, are not affected. None: all."""
+    """Layers that get an adapter, from 0. `0-7`, `8-`, `3,5` or `last 4`; modules outside of the layers, such as
+    `lm_head`, are not affected. None: all."""
 
     target_parameters: tuple[str, ...] = ()
-    """Parameters that get LoRA matrices and are no linear layer, by the end of their names, such as
-    `mlp.experts.gate_up_proj`. They take no dropout. Empty: none."""
+    """Parameters outside of linear layers that get LoRA matrices. The ends of their names, such as
+    `mlp.experts.gate_up_proj`; they take no dropout. Empty: none."""
 
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained in full beside the adapter and saved with it, such as `embed_tokens`. If the model ties it to the
-    head, both stay one. Empty: none."""
+    """Modules trained in full beside the adapter and saved with it, such as `embed_tokens`. Embeddings that are tied to
+    the head stay one with it. Empty: none."""
 
     trainable_tokens: tuple[str, ...] = ()
-    """Tokens, as text, whose rows of the embeddings and the head train beside LoRA matrices, or alone with
+    """Tokens whose embeddings train beside LoRA, as text. Their rows of the head do too; alone with
     `kind=trainable_tokens`. Tokens that this run adds train so by themselves. Empty: only those."""
 
     rslora: bool = False
@@ -105,20 +104,21 @@ class AdapterConfig:
     """Whether LoRA learns direction and length of each weight's rows apart (arXiv:2402.09353)."""
 
     init: str = "default"
-    """What LoRA matrices start from: `default`, `gaussian`, `orthogonal`; `olora`, `pissa` or `pissa_niter_N` (a fast
+    """What LoRA matrices start from. `default`, `gaussian`, `orthogonal`; `olora`, `pissa` or `pissa_niter_N` (a fast
     SVD of N steps): the weight's own main directions; `eva`: those of the first training batches; `loftq`: those of
     the error of 4-bit weights. The saved adapter fits the plain base in each case."""
 
     path: str | None = None
-    """Trained adapter to go on from: a folder or a Hub id. It decides rank, targets and all else. None: a new one."""
+    """Trained adapter to go on from. A folder or a Hub id, which decides rank, targets and the rest. None: a new
+    one."""
 
     beside: tuple[str, ...] = ()
-    """Trained LoRA adapters, folders or Hub ids, that stay frozen and active while the new one trains. The new one is
-    saved alone, and needs them. Empty: none."""
+    """Trained LoRA adapters that stay active under the new one. Folders or Hub ids; they stay frozen, and the new one,
+    which is saved alone, needs them. Empty: none."""
 
     export_as_lora: bool = False
-    """Whether an adapter of another method is saved as LoRA, of the rank that keeps 99.9999% of each update's squared
-    norm, for servers that take LoRA alone. Few methods can be."""
+    """Whether another method's adapter is saved as LoRA. Of the rank that keeps 99.9999% of each update's squared norm,
+    for servers that take LoRA alone; few methods can be."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    """More fields of the method's PEFT config, by PEFT's names, such as `oft_block_size: 16`. Empty: its defaults."""
+    """More fields of the method's PEFT config. By PEFT's names, such as `oft_block_size: 16`. Empty: its defaults."""
