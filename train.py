@@ -31,6 +31,10 @@ def train(command: CommandLine) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from src.activations import recompute_activations
+    from src.adapter_export import starting_weights
+    from src.adapter_methods import check_method
+    from src.adapter_probe import probe_adapter
+    from src.adapter_starts import FIRST_BATCHES, start_from_batches
     from src.adapters import add_adapter, count_parameters
     from src.attention_choice import prove_attention
     from src.callbacks import Answers, MetricsFile, Progress
@@ -60,6 +64,7 @@ def train(command: CommandLine) -> None:
     disable_progress_bar()
     check_launch()
     started, config = time.perf_counter(), command.config
+    check_method(config.adapter)
     run = open_run(config.output, resume=command.resume)
     if config.hub.repo_id and is_main_process():
         check_access(config.hub.repo_id, private=config.hub.private, create=False)
@@ -86,9 +91,10 @@ def train(command: CommandLine) -> None:
     tokenizer = load_tokenizer(model_config)
     settings = load_settings(model_config, tokenizer)
     check_base(config.model, settings, trains_all=config.adapter.kind == "none")
+    probe_adapter(config.adapter, model_config, tokenizer)
     check_router_loss(causal_class(settings), config.training.router_aux_loss)
     check_length(settings, config.data.max_length)
-    known_rows = settings.get_text_config().vocab_size
+    known_rows = settings.get_text_config().vocab_size  # before they grow
     limits = {"context_length": context_length(settings), "cache_folder": cache_folder}
     if config.data.streaming:
         stream, data = stream_datasets(config.data, tokenizer, **limits)
@@ -111,7 +117,16 @@ def train(command: CommandLine) -> None:
         recompute_activations(model, config.training.gradient_checkpointing)
     if config.adapter.kind == "none":
         freeze_weights(model, config.freeze, config.optim)
-    model = add_adapter(model, config.adapter, revision=config.model.revision)
+    grown = known_rows < model.get_input_embeddings().weight.shape[0]
+    model = add_adapter(
+        model,
+        config.adapter,
+        revision=config.model.revision,
+        tokenizer=tokenizer,
+        first_new_row=known_rows if grown else None,
+        checkpoint=run.checkpoint,
+    )
+    start = starting_weights(model, config.adapter)
     parameters = count_parameters(model)
     log.info("%s parameters, of which %s train", f"{parameters['total']:,}", f"{parameters['trainable']:,}")
     precision = Precision.of(model, autocast=autocast, optim=config.optim)
@@ -149,12 +164,15 @@ def train(command: CommandLine) -> None:
     packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)
     run.record("data.json", data.report | packs, matters=("sha256",))
 
+    if config.adapter.init == "eva" and run.checkpoint is None:
+        start_from_batches(trainer.accelerator.unwrap_model(trainer.model), trainer.first_batches(FIRST_BATCHES))
+        parameters = count_parameters(model)
     trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     if stream:  # what became of its rows is known only now
         run.record("data.json", train_packs.report(data.report, trainer.feed.mark.tallies) | packs)
     if eval_packs:
         trainer.evaluate_once()
-    run.export(trainer, qat=config.model.qat)
+    run.export(trainer, config.adapter, start=start, qat=config.model.qat)
     run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters, precision=precision.told())
     if config.hub.repo_id and is_main_process():
         publish(run, config.hub)

@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from config.adapter_constraints import adapter_problems
 from config.base_constraints import base_problems
 from config.model_constraints import model_problems
-from config.schema import AdapterConfig, OptimConfig, RunConfig, SourceConfig, TrackingConfig, TrainingConfig
+from config.schema import OptimConfig, RunConfig, SourceConfig, TrackingConfig, TrainingConfig
 from config.trust import is_folder, trust_problems
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
@@ -55,7 +56,7 @@ def check_constraints(config: RunConfig) -> None:
     Raises:
         ConfigError: at least one rule is broken; every broken one is listed.
     """
-    checks = (_blanks(config), _model(config), _precision(config), _adapter(config.adapter), _data(config))
+    checks = (_blanks(config), _model(config), _precision(config), adapter_problems(config), _data(config))
     problems = [problem for check in checks for problem in check]
     problems += [*base_problems(config), *_activations(config.training), *_micro_batches(config), *_optim(config)]
     problems += [*_evaluation(config), *_services(config)]
@@ -165,17 +166,6 @@ def _precision(config: RunConfig) -> Iterator[str]:
                 f"training.precision={precision} gives it none; use training.precision=bf16 with model.dtype=float32, "
                 "or model.attention=auto"
             )
-
-
-def _adapter(adapter: AdapterConfig) -> Iterator[str]:
-    options = [part.name for part in dataclasses.fields(AdapterConfig) if part.name != "kind"]
-    changed = _changed(adapter, options)
-    if adapter.kind == "none" and changed:
-        names = ", ".join(f"adapter.{name}" for name in changed)
-        yield f"{names} given with adapter.kind=none, which has no adapter; give adapter.kind=lora, or leave them out"
-    if "all-linear" in adapter.target_modules and len(adapter.target_modules) > 1:
-        targets = ", ".join(adapter.target_modules)
-        yield f"adapter.target_modules={targets} names all-linear beside others; keep all-linear alone, or the others"
 
 
 def _data(config: RunConfig) -> Iterator[str]:

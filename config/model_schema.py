@@ -106,29 +106,68 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What trains: every weight, or a low-rank adapter beside frozen weights."""
+    """What trains: every weight, or an adapter beside frozen weights."""
 
-    kind: Literal["none", "lora"] = "none"
-    """`none` trains every weight; `lora` trains low-rank matrices beside the frozen ones (arXiv:2106.09685)."""
+    kind: str = "none"
+    """`none` trains every weight; `lora` trains low-rank matrices beside the frozen ones (arXiv:2106.09685). Any other
+    PEFT method goes by its lower-case name, such as `oft`, `vera` or `ia3`. An unknown name lists them all."""
 
-    rank: int = limited(16, ge=1)
-    """Rank of the LoRA matrices, at least 1."""
+    rank: int | None = limited(None, ge=1)
+    """Rank of the adapter's matrices, at least 1. None: 16 for LoRA, else the method's own default."""
 
-    alpha: float = limited(32.0, gt=0)
-    """LoRA scale: the update is multiplied by alpha / rank. Above 0."""
+    alpha: float | None = limited(None, gt=0)
+    """Scale of the update, which LoRA multiplies by alpha / rank. Above 0. None: 32 for LoRA, else the method's own
+    default."""
 
-    dropout: float = limited(0.0, ge=0, lt=1)
-    """Share of a LoRA matrix's inputs that is dropped while training, from 0 to below 1."""
+    dropout: float | None = limited(None, ge=0, lt=1)
+    """Share of an adapter's inputs that is dropped, from 0 to below 1. None: the method's own default, 0 for LoRA."""
 
     target_modules: tuple[str, ...] = limited(("all-linear",), min_length=1)
-    """Modules that get LoRA matrices: name endings such as `q_proj`, or `all-linear` for every linear layer but the
-    head. Each one must match at least one module."""
+    """Modules that get an adapter. Name endings such as `q_proj`, patterns such as `layers.*.mlp.*_proj` in which `*`
+    stands for any text without a dot, or `all-linear` for every linear layer but the head (for `ia3` and `ln_tuning`:
+    PEFT's own choice for the model). Each one must match at least one module."""
+
+    layers: str | None = None
+    """Layers that get an adapter, from 0. `0-7`, `8-`, `3,5` or `last 4`; modules outside of the layers, such as
+    `lm_head`, are not affected. None: all."""
+
+    target_parameters: tuple[str, ...] = ()
+    """Parameters outside of linear layers that get LoRA matrices. The ends of their names, such as
+    `mlp.experts.gate_up_proj`; they take no dropout. Empty: none."""
 
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained in full beside the adapter and saved with it, such as `embed_tokens`. Empty: none."""
+    """Modules trained in full beside the adapter and saved with it, such as `embed_tokens`. Embeddings that are tied to
+    the head stay one with it. Empty: none."""
+
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens whose embeddings train beside LoRA, as text. Their rows of the head do too; alone with
+    `kind=trainable_tokens`. Tokens that this run adds train so by themselves. Empty: only those."""
 
     rslora: bool = False
     """Whether the scale is alpha / sqrt(rank), which keeps large ranks stable (arXiv:2312.03732)."""
+
+    dora: bool = False
+    """Whether LoRA learns direction and length of each weight's rows apart (arXiv:2402.09353)."""
+
+    init: str = "default"
+    """What LoRA matrices start from. `default`, `gaussian`, `orthogonal`; `olora`, `pissa` or `pissa_niter_N` (a fast
+    SVD of N steps): the weight's own main directions; `eva`: those of the first training batches; `loftq`: those of
+    the error of 4-bit weights. The saved adapter fits the plain base in each case."""
+
+    path: str | None = None
+    """Trained adapter to go on from. A folder or a Hub id, which decides rank, targets and the rest. None: a new
+    one."""
+
+    beside: tuple[str, ...] = ()
+    """Trained LoRA adapters that stay active under the new one. Folders or Hub ids; they stay frozen, and the new one,
+    which is saved alone, needs them. Empty: none."""
+
+    export_as_lora: bool = False
+    """Whether another method's adapter is saved as LoRA. Of the rank that keeps 99.9999% of each update's squared norm,
+    for servers that take LoRA alone; few methods can be."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """More fields of the method's PEFT config. By PEFT's names, such as `oft_block_size: 16`. Empty: its defaults."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from config.schema import AdapterConfig
 from config.templates import TEMPLATES
+from src.adapter_methods import peft_fields
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -137,6 +138,8 @@ def check_stop_trains(
     stop = tokenizer.eos_token_id
     if adapter.kind == "none" or stop is None or stop < known_rows:
         return
+    if "trainable_tokens" in peft_fields(adapter.kind):
+        return  # its own rows of embeddings and head train by themselves
     heads = _names_of_head(model)
     patterns = (*adapter.modules_to_save, *adapter.target_modules)
     if any(head == pattern or head.endswith(f".{pattern}") for head in heads for pattern in patterns):

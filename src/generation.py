@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
+from src.adapter_export import needed_beside
+from src.adapter_paths import activate, put_beside
 from src.alignment import supervised_spans
 from src.chat import CALL_STOPS, ChatTemplate
 from src.context import generation_length
@@ -57,6 +59,9 @@ def load_for_generation(source: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         # peft, unlike transformers, also loads an adapter whose tokenizer has more tokens than its base.
         loader = AutoModelForCausalLM if find_adapter_config_file(source) is None else AutoPeftModelForCausalLM
         model = loader.from_pretrained(source, dtype="auto")
+        if loader is AutoPeftModelForCausalLM:
+            put_beside(model, needed_beside(source))
+            activate(model)
     except (OSError, ValueError) as error:
         raise UserError(f"no model could be loaded from {source}: {error}") from error
     check_ids(tokenizer, source)

@@ -161,7 +161,7 @@ class SupervisedLoss:
             return nothing.detach() + scored[0][0]  # no rows, and yet the loss's way out through the wrappers' hooks
 
         with _at_head(_head_of(model), places_T, score):
-            output = model(**_arguments(batch), **asked)
+            output = model(**model_arguments(batch), **asked)
         (total, nll_T), *_ = scored
         # A sum over nothing adds 0, and makes the backward pass start where the wrappers wait for it.
         return Scored(total + output.logits.sum(), nll_T, places_T // batch["labels"].shape[1]), output
@@ -179,7 +179,7 @@ class SupervisedLoss:
             if transform is not None:
                 self.objective = replace(self.objective, transform=transform)
             self.chunks = transform is not None and self._agrees(model, batch)
-            few = _arguments(_few_tokens(batch))
+            few = model_arguments(_few_tokens(batch))
             self.router = RouterLoss.of(model, _causal_model(model), self.router_aux_loss, few)
         finally:
             for module in training:
@@ -194,7 +194,7 @@ class SupervisedLoss:
     def _agrees(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
         """Whether the chunked loss of a few tokens is that of the model's full logits."""
         few = _few_tokens(batch)
-        logits_TV = model(**_arguments(few)).logits.flatten(end_dim=-2)
+        logits_TV = model(**model_arguments(few)).logits.flatten(end_dim=-2)
         targets_T = next_token_targets(few["labels"]).flatten()
         places_T = _places(few)
         loss_T, nll_T = token_losses(logits_TV[places_T], targets_T[places_T], self.objective.of_final_logits())
@@ -205,7 +205,7 @@ class SupervisedLoss:
         )
 
 
-def _arguments(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def model_arguments(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What the model is called with."""
     arguments = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     if "longest_document" in batch:
@@ -274,7 +274,7 @@ def _supervised_logits(
         asked: arguments of the model, by which it is asked for more.
     """
     with _at_head(_head_of(model), places_T) as seen:
-        output = model(**_arguments(batch), **asked)
+        output = model(**model_arguments(batch), **asked)
     logits_KV = output.logits.flatten(end_dim=-2)
     return (logits_KV if seen else logits_KV.index_select(0, places_T)), output
 
@@ -317,7 +317,7 @@ def _transform_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> 
         head.register_forward_hook(lambda module, args, output: raw.append(output)),
     ]
     try:
-        final = model(**_arguments(few)).logits.cpu().double()  # some devices have no float64
+        final = model(**model_arguments(few)).logits.cpu().double()  # some devices have no float64
     finally:
         for handle in handles:
             handle.remove()

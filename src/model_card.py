@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from config.architectures import expanded
+from src.adapter_card import beside_lines, method_name, method_text
 from utils.hub import is_hub_id, launch_folder
 from utils.redaction import public_record
 
@@ -46,12 +47,19 @@ class _Run:
     name: str
     location: str
     """What `from_pretrained` is given: the repository, or the folder that the run wrote."""
-    adapter: bool
+    adapter_settings: dict[str, Any]
+    """The saved adapter's own; empty where a whole model was saved."""
+    launched_in: Path
     has_chat_template: bool
     base: str | None
     """Hub id or folder name of the model that the run started from; None: random weights."""
     base_on_hub: bool
     sources: tuple[_Source, ...]
+
+    @property
+    def adapter(self) -> bool:
+        """Whether an adapter was saved."""
+        return bool(self.adapter_settings)
 
     def get(self, path: str, default: Any = None) -> Any:
         """A setting by its dotted path."""
@@ -100,7 +108,8 @@ def _read_run(directory: Path, repo_id: str | None) -> _Run:
         result=_read_json(directory / "result.json"),
         name=repo_id.split("/")[-1] if repo_id else name,
         location=repo_id or local.as_posix(),
-        adapter=(model / "adapter_config.json").is_file(),
+        adapter_settings=_read_json(model / "adapter_config.json"),
+        launched_in=launched_in,
         has_chat_template=(model / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
         base=base if base is None or base_on_hub else Path(base).name,
         base_on_hub=base_on_hub,
@@ -132,7 +141,7 @@ def _metadata(run: _Run) -> ModelCardData:
         metrics=["exact_match"] if any(result.metric_type == "exact_match" for result in results) else None,
         model_name=run.name if results else None,
         pipeline_tag="text-generation",
-        tags=["sft", *(["lora"] if run.adapter else []), "smolfactory"],
+        tags=["sft", *([run.adapter_settings["peft_type"].lower()] if run.adapter else []), "smolfactory"],
     )
 
 
@@ -188,12 +197,22 @@ def _summary(run: _Run) -> str:
         model_type = expanded(run.get("model.architecture", {})).get("model_type", "causal")
         kind = f"A language model ({model_type}) trained from random weights"
     elif run.adapter:
-        kind = f"A LoRA adapter for {_linked_base(run)}"
+        kind = f"{_adapter_name(run)} for {_linked_base(run)}"
     else:
         kind = f"A fine-tuned version of {_linked_base(run)}"
     names = list(dict.fromkeys(f"`{source.name}`" for source in run.sources if source.use == "train"))
     learned = f", by supervised fine-tuning on {', '.join(names)}" if names else ", by supervised fine-tuning"
     return f"# {run.name}\n\n{kind}{learned}."
+
+
+def _adapter_name(run: _Run) -> str:
+    name = method_name(run.get("adapter", {}), run.adapter_settings)
+    others = [
+        Path(path).name if not is_hub_id(path, run.launched_in) else path for path in run.get("adapter.beside", ())
+    ]
+    needs = f", to be used with the adapters {', '.join(f'`{other}`' for other in others)}," if others else ""
+    article = "An" if name[0] in "AIO" else "A"
+    return f"{article} {name} adapter{needs}"
 
 
 def _use(run: _Run) -> str:
@@ -214,6 +233,7 @@ def _use(run: _Run) -> str:
         lines += [f"model = AutoPeftModelForCausalLM.from_pretrained(location{remote})"]
     else:
         lines += [f"model = AutoModelForCausalLM.from_pretrained(location{remote})"]
+    lines += beside_lines(run.get("adapter.beside", ()), run.launched_in)
     if run.has_chat_template:
         lines += ['messages = [{"role": "user", "content": "What can you do?"}]']
         lines += ["inputs = tokenizer.apply_chat_template("]
@@ -291,12 +311,7 @@ def _method(run: _Run) -> str:
         text += f", but not {', '.join(run.get('freeze.frozen'))}" if run.get("freeze.frozen") else ""
         qat = run.get("model.qat", "none")
         return text + (f"; weights are rounded ({qat}), and need torchao to load" if qat != "none" else "")
-    scale = "alpha / sqrt(rank)" if run.get("adapter.rslora") else "alpha / rank"
-    modules = ", ".join(run.get("adapter.target_modules", ()))
-    text = f"LoRA of rank {run.get('adapter.rank')}, alpha {run.get('adapter.alpha')} (scale {scale}), "
-    text += f"dropout {run.get('adapter.dropout')}, on {modules}"
-    if saved := run.get("adapter.modules_to_save"):
-        text += f"; in full: {', '.join(saved)}"
+    text = method_text(run.get("adapter"), run.adapter_settings)
     if (quantization := run.get("model.quantization", "none")) != "none":
         text += f"; the frozen weights were held in {quantization}"
     return text if run.adapter else text + "; merged into the base model's weights"

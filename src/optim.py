@@ -143,6 +143,7 @@ def decayed_names(model: torch.nn.Module) -> list[str]:
         if _dimensions(weight) >= 2
         and id(weight) not in spared
         and "lora_embedding" not in name
+        and "trainable_tokens" not in name  # rows of an embedding, and of the head beside it
         and not name.endswith("bias")
         and not getattr(weight, "_no_weight_decay", False)
     ]

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
 
-from config.schema import HubConfig, OutputConfig
+from config.schema import AdapterConfig, HubConfig, OutputConfig
+from src.adapter_export import save_adapter
 from src.callbacks import clock
 from src.model_card import model_card
 from src.quantization import save_rounded
@@ -58,10 +61,19 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
 
-    def export(self, trainer: Trainer, *, qat: str = "none") -> None:
+    def export(
+        self,
+        trainer: Trainer,
+        adapter: AdapterConfig | None = None,
+        *,
+        start: dict[str, torch.Tensor] | None = None,
+        qat: str = "none",
+    ) -> None:
         """Write the model or adapter with its tokenizer to `model/`, whole or not at all; every process calls this.
 
         Args:
+            adapter: what the run was asked for. None: plain LoRA, if there is an adapter.
+            start: what was taken out of the base for it, from `src.adapter_export`.
             qat: rounding that the weights were trained for and are written in, as `model.qat`.
         Raises:
             UserError: the disk is full, or a file cannot be written.
@@ -74,10 +86,12 @@ class Run:
         model = trainer.accelerator.unwrap_model(trainer.model)
         try:
             with whole_folder(self.path / "model") as folder:
-                if qat == "none":
-                    model.save_pretrained(folder, state_dict=weights)
-                else:
+                if isinstance(model, PeftModel):
+                    save_adapter(model, folder, adapter or AdapterConfig(kind="lora"), start=start, state_dict=weights)
+                elif qat != "none":
                     save_rounded(model, folder, qat, weights)
+                else:
+                    model.save_pretrained(folder, state_dict=weights)
                 trainer.processing_class.save_pretrained(folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not is_write_failure(error):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
@@ -26,6 +27,7 @@ from transformers.training_args import TrainingArguments
 
 from config.schema import OptimConfig
 from src.activations import offload_activations
+from src.adapter_paths import activate
 from src.adapters import casts_left_to_autocast, count_parameters, layers_without_dropout
 from src.attention import tell_borders
 from src.attention_choice import check_documents_apart, takes_borders
@@ -371,6 +373,22 @@ class SFTTrainer(OptimizerHooks, Trainer):
         done = (line["step"] == self.state.global_step for line in self.state.log_history if "eval_loss" in line)
         if not any(done):
             self.evaluate()
+
+    def first_batches(self, number: int) -> list[Batch]:
+        """The first micro-batches of this process in a run that starts, on its device, at most so many."""
+        batches: list[Batch] = []
+        for packs in self._new_feed():
+            batches.append(self._on_device(self.data_collator(packs)))
+            if len(batches) == number:
+                break
+        return batches
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """As Trainer's, which leaves one adapter active where there are several."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        inner = self.accelerator.unwrap_model(self.model)
+        if isinstance(inner, PeftModel):
+            activate(inner)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer puts a checkpoint: aside, until it is complete."""

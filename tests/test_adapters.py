@@ -1,9 +1,11 @@
 """What trains beside frozen weights, and that it loads again."""
 
+import re
+
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from config.schema import AdapterConfig, ModelConfig
 from src.adapters import add_adapter, count_parameters
@@ -113,9 +115,11 @@ def test_an_adapter_leaves_its_base_as_it_was_and_loads_in_any_way(tmp_path):
     torch.testing.assert_close(logits[0], logits[3], rtol=1e-4, atol=1e-4)  # merged, sums run in another order
 
 
-def test_an_adapter_with_tokens_new_to_its_base_loads_and_tells_its_cost(tmp_path):
+def test_a_method_without_rows_that_train_tells_what_tokens_new_to_its_base_cost(tmp_path):
     recipe = write_recipe(
-        tmp_path, model=from_checkpoint(write_checkpoint(tmp_path / "base")), adapter={"kind": "lora", "rank": 2}
+        tmp_path,
+        model=from_checkpoint(write_checkpoint(tmp_path / "base")),
+        adapter={"kind": "oft", "settings": {"oft_block_size": 8}},
     )
     done = run_train("--config", recipe)
     assert done.code == 0, done.stderr
@@ -174,3 +178,151 @@ def test_an_adapter_trains_beside_four_bit_weights_without_a_gpu(tmp_path, kind)
     model = AutoPeftModelForCausalLM.from_pretrained(result / "model")
     learned = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
     assert all(parameter.abs().max() > 0 for parameter in learned)
+
+
+# Where an adapter goes
+
+
+def target_layers(model):
+    found = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name.removeprefix("base_model.model.").split(".lora_")[0] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "expected"),
+    [
+        (("layers.*.mlp.*_proj",), None, {
+            f"model.layers.{n}.mlp.{m}_proj" for n in (0, 1) for m in ("gate", "up", "down")}),
+        (("self_attn.[qv]_proj",), None, None),
+        (("*.1.*.q_proj",), None, {"model.layers.1.self_attn.q_proj"}),
+        (("q_proj", "lm_head"), "last 1", {"model.layers.1.self_attn.q_proj", "lm_head"}),
+        (("q_proj",), "0", {"model.layers.0.self_attn.q_proj"}),
+        (("q_proj",), "1-", {"model.layers.1.self_attn.q_proj"}),
+        (("all-linear",), "0-0", {f"model.layers.0.{part}" for part in (
+            *(f"self_attn.{m}_proj" for m in "qkvo"), *(f"mlp.{m}_proj" for m in ("gate", "up", "down")))}),
+    ],
+)  # fmt: skip
+def test_patterns_and_layers_choose_the_modules(targets, layers, expected):
+    config = AdapterConfig(kind="lora", rank=2, target_modules=targets, layers=layers)
+    if expected is None:  # brackets are no pattern
+        with pytest.raises(UserError, match="which matches no module"):
+            add_adapter(tiny_llama(), config)
+        return
+    assert target_layers(add_adapter(tiny_llama(), config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "told"),
+    [
+        (("q_proj",), "2", "adapter.layers=2 does not suit a model of 2 layers, 0 to 1"),
+        (("q_proj",), "last 3", "last 3 does not suit a model of 2 layers"),
+        (("layers.1.mlp.up_proj",), "0", "but none in adapter.layers=0; it stands in layers 1"),
+    ],
+)
+def test_layers_that_are_not_there_are_named(targets, layers, told):
+    with pytest.raises(UserError, match=told):
+        add_adapter(tiny_llama(), AdapterConfig(kind="lora", target_modules=targets, layers=layers))
+
+
+def test_experts_that_are_one_parameter_get_lora_matrices(tmp_path):
+    torch.manual_seed(0)
+    settings = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(settings)
+    model.save_pretrained(tmp_path / "base")
+    names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    config = AdapterConfig(kind="lora", rank=2, target_modules=("q_proj",), target_parameters=names)
+    adapted = add_adapter(MixtralForCausalLM.from_pretrained(tmp_path / "base"), config)
+    assert any("experts" in name for name in target_layers(adapted))
+    ids = torch.arange(20)[None]
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(MixtralForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, adapted.eval()(ids).logits)
+        assert not torch.allclose(adapted(ids).logits, model.eval()(ids).logits, atol=1e-2)
+    with pytest.raises(UserError, match=r"has 'experts.gate', which matches no parameter"):
+        add_adapter(model, AdapterConfig(kind="lora", target_parameters=("experts.gate",)))
+
+
+def tied_checkpoint(folder):
+    return write_checkpoint(folder, vocabulary=320, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_one_side_of_a_tie_trains_with_the_other_or_not_at_all(tmp_path, name):
+    checkpoint = tied_checkpoint(tmp_path / "base")
+    with pytest.raises(UserError, match=f"adapter.target_modules has {name}, and LlamaForCausalLM uses one weight"):
+        add_adapter(
+            AutoModelForCausalLM.from_pretrained(checkpoint), AdapterConfig(kind="lora", target_modules=(name,))
+        )
+    adapter = {"kind": "lora", "rank": 2, "modules_to_save": [name]}
+    done = run_train("--config", write_recipe(tmp_path, model=from_checkpoint(checkpoint), adapter=adapter))
+    assert done.code == 0, done.stderr
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "outputs" / "run" / "model")
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    trained = inputs.modules_to_save["default"].weight
+    assert torch.equal(trained, head.modules_to_save["default"].weight)
+    assert not torch.equal(trained, weights_of(checkpoint)["model.embed_tokens.weight"])
+
+
+# Rows of tokens
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_named_tokens_train_and_no_others(tmp_path, tied):
+    checkpoint = write_checkpoint(tmp_path / "base", vocabulary=320, tie_word_embeddings=tied)
+    words = load_tokenizer(ModelConfig(path=str(checkpoint)))
+    token = words.convert_ids_to_tokens(words("count", add_special_tokens=False)["input_ids"][0])
+    adapter = {"kind": "lora", "rank": 2, "trainable_tokens": [token]}
+    done = run_train("--config", write_recipe(tmp_path, model=from_checkpoint(checkpoint), adapter=adapter))
+    assert done.code == 0, done.stderr
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "outputs" / "run" / "model").merge_and_unload()
+    before, row = weights_of(checkpoint), words.convert_tokens_to_ids(token)
+    for name, after in (
+        ("model.embed_tokens.weight", model.get_input_embeddings().weight),
+        ("lm_head.weight", model.get_output_embeddings().weight),
+    ):
+        old = before["model.embed_tokens.weight" if tied else name]
+        assert (after != old).any(dim=1).nonzero()[:, 0].tolist() == [row]
+    with pytest.raises(UserError, match="'no such', which is no token of the tokenizer"):
+        add_adapter(tiny_llama(), AdapterConfig(kind="lora", trainable_tokens=("no such",)), tokenizer=words)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_that_a_run_adds_train_and_its_adapter_loads_as_its_card_says(tmp_path, tied):
+    checkpoint = write_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
+    recipe = write_recipe(
+        tmp_path,
+        model=from_checkpoint(checkpoint, special_tokens={"eos_token": "<|done|>"}),
+        adapter={"kind": "lora", "rank": 2},
+    )
+    done = run_train("--config", recipe)
+    assert done.code == 0, done.stderr
+    assert "do not train" not in done.stderr
+    run = tmp_path / "outputs" / "run"
+    rows = weights_of(checkpoint)["model.embed_tokens.weight"].shape[0]
+    saved = weights_of(run / "model")
+    assert all("lora_" in name or "trainable_tokens" in name for name in saved)  # no embeddings as a whole
+    deltas = {name: tensor for name, tensor in saved.items() if "trainable_tokens" in name}
+    assert [len(tensor) for tensor in deltas.values()] == [2] * (1 if tied else 2)  # the padding and the new eos token
+    code = re.search(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)[1]
+    code = code[: code.index("inputs =")].replace('"base"', repr(str(checkpoint)))
+    names = {}
+    exec(re.sub(r'location = ".*"', f"location = {str(run / 'model')!r}", code), names)  # what a reader of it runs
+    model, tokenizer = load_for_generation(str(run / "model"))
+    assert len(tokenizer) == rows + 2
+    ids = torch.arange(rows + 2)[None]  # the new rows too
+    with torch.no_grad():
+        logits = model.cpu().eval()(ids).logits
+        assert torch.equal(names["model"].eval()(ids).logits, logits)
+    # Its last checkpoint holds what the run had in memory, the grown embeddings whole.
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    base.resize_token_embeddings(rows + 2)
+    whole = PeftModel.from_pretrained(base, run / "checkpoint-4").eval()
+    with torch.no_grad():
+        assert torch.equal(whole(ids).logits, logits)

@@ -176,9 +176,10 @@ def test_an_adapter_that_could_never_say_the_new_stop_token_is_refused(tmp_path,
     model, tokenizer = load(checkpoint, trains_all=False)
     known = AutoModelForCausalLM.from_pretrained(checkpoint).config.vocab_size
     with pytest.raises(UserError, match=r"im_end.* is new to the checkpoint.*modules_to_save lm_head embed_tokens,"):
-        check_stop_trains(model, tokenizer, known, AdapterConfig(kind="lora"))
-    check_stop_trains(model, tokenizer, known, AdapterConfig(kind="lora", modules_to_save=("lm_head",)))
-    check_stop_trains(model, tokenizer, known, AdapterConfig(kind="lora", target_modules=("q_proj", "lm_head")))
+        check_stop_trains(model, tokenizer, known, AdapterConfig(kind="oft"))
+    check_stop_trains(model, tokenizer, known, AdapterConfig(kind="oft", modules_to_save=("lm_head",)))
+    check_stop_trains(model, tokenizer, known, AdapterConfig(kind="oft", target_modules=("q_proj", "lm_head")))
+    check_stop_trains(model, tokenizer, known, AdapterConfig(kind="lora"))
     check_stop_trains(model, tokenizer, known, AdapterConfig())
     check_stop_trains(model, tokenizer, len(tokenizer), AdapterConfig(kind="lora"))
     embeddings = AdapterConfig(kind="lora", modules_to_save=("embed_tokens",))

@@ -115,7 +115,7 @@ def test_options_set_keys_of_an_architecture(tmp_path):
         ("--optim.learning_rate", ["was given nothing; it takes a number"]),
         ("--data.packing falsch", ["was given falsch; it takes true or false"]),
         ("--training.seed 1 2", ["was given 1 2; it takes a whole number"]),
-        ("--adapter.kind dora", ["was given dora; it takes one of none, lora"]),
+        ("--training.precision fp8", ["was given fp8; it takes one of auto, float32, bf16, fp16"]),
         ("--optim.beta2 1", ["optim.beta2=1 is out of range", "below 1"]),
         ("--optim 3", ["--optim is a section"]),
         ("--data.train.2.path x", ["skips sources; data.train has 1, so the next one is data.train.1"]),
