@@ -46,6 +46,8 @@ class Trained:
     logits: Callable[..., list[torch.Tensor]]
     """Rows of token ids -> for each float32 logits (tokens, vocabulary) of the base with the adapter, by PEFT;
     `adapter=False`: of the base alone."""
+    logits_without_rounding: Callable[..., list[torch.Tensor]] | None
+    """As `logits`, with the weights that training saw, where that rounded activations too. None: it did not."""
 
 
 def open_trained(adapter: AdapterFolder) -> Trained:
@@ -86,6 +88,7 @@ def open_trained(adapter: AdapterFolder) -> Trained:
         changed=changed,
         unties=unties,
         logits=evaluated.logits,
+        logits_without_rounding=_Streamed(outline, source).logits if adapter.quantization == "int8" else None,
     )
 
 
@@ -145,7 +148,11 @@ class _Streamed:
 
 
 class _Quantized:
-    """A base as bitsandbytes holds it, all else of it in float32, and the adapter beside it."""
+    """A base as bitsandbytes holds it, all else of it in float32, and the adapter beside it.
+
+    The weights are those that training saw, while sums are in float32, so that what parts the evaluations is weights.
+    Products of int8 weights round activations to 8 bits here too.
+    """
 
     def __init__(self, adapter: AdapterFolder, outline: Outline, settings: PreTrainedConfig) -> None:
         own = adapter.base if (adapter.base / "tokenizer.json").is_file() else adapter.path
@@ -165,7 +172,12 @@ class _Quantized:
                 weight.data = outline.whole[name].to(weight.device)
             if weight.is_floating_point():
                 weight.data = weight.data.float()
+        for module in base.modules():
+            if hasattr(module, "compute_dtype"):  # of 4-bit products, which training rounds to 16 bits
+                module.compute_dtype = torch.float32
         self._model, _ = with_adapter(base, adapter, lambda weight: names.get(id(weight)))
+        # Without a gradient to pass on, bitsandbytes takes another product, which rounds 4-bit weights otherwise.
+        self._model.enable_input_require_grads()
 
     def tensors(self) -> dict[str, LazyTensor]:
         """The base's weights as products use them, by name."""
@@ -190,11 +202,10 @@ class _Quantized:
         values = values.float().cpu()
         return values.T if name in self._outline.transposed else values
 
-    @torch.no_grad()
     def logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True) -> list[torch.Tensor]:
-        """As `Trained.logits`."""
-        with contextlib.nullcontext() if adapter else self._model.disable_adapter():
-            return evaluate_rows(self._model, rows)
+        """As `Trained.logits`; a row at a time, as each takes the memory of a step of training."""
+        with torch.enable_grad(), contextlib.nullcontext() if adapter else self._model.disable_adapter():
+            return [evaluate_rows(self._model, [row])[0].detach() for row in rows]
 
 
 def _merged_tensors(

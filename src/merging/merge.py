@@ -1,0 +1,130 @@
+"""An adapter merged into its base, without losing what it learned, and the proof of that.
+
+record = merge(Path("outputs/run"), Path("outputs/merged"))
+
+Where the base was held in 16 or 32 bit, the change is added to its weights in float32 and rounded once. Where it was
+quantized, the adapter learned to make up for what that did to the weights too: the change is added to the dequantized
+weights, and the sum is not quantized again, which would wipe out most of a change that is small beside the steps.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from src.checkpoints import certificate, hf
+from src.checkpoints.checkpoint import WriteOptions
+from src.merging.adapter import AdapterFolder, AdapterOptions, read_adapter
+from src.merging.proof import LEAST_COSINE, Kept, kept_change, prove
+from src.merging.rows import rows_to_compare
+from src.merging.trained import Trained, open_trained
+from utils.errors import UserError
+from utils.files import sha256_of_file, whole_folder, write_json
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What a person asks of a merge."""
+
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    dtype: str | None = None
+    """Number format of the result, one of `hf.DTYPES`. None: the base's own 16 bit where that keeps the change, else
+    float32."""
+    rows: Path | None = None
+    """File of held-out rows. None: the run's evaluation rows and fixed texts."""
+    shard_bytes: int = WriteOptions.shard_bytes
+    """Most bytes of a weight file."""
+
+
+def merge(path: Path, output: Path, options: MergeOptions | None = None) -> dict[str, Any]:
+    """Merge an adapter into its base; `output` appears whole, with a `conversion.json` of all figures, or not at all.
+
+    Args:
+        path: the adapter's folder, or its run's.
+    Returns:
+        The content of conversion.json.
+    Raises:
+        UserError: the output exists, or the adapter or its base cannot be read or do not belong together.
+        CertificateError: the result does not do what the base with the adapter does.
+    """
+    options = options or MergeOptions()
+    if output.exists():
+        raise UserError(f"{output} exists; name a folder that does not, or remove it first")
+    adapter = read_adapter(path, options.adapter)
+    trained = open_trained(adapter)
+    if trained.unties:
+        log.warning(
+            "the base's head is its embedding, and the adapter changes them apart: tie_word_embeddings=false and a "
+            "lm_head.weight of its own are written"
+        )
+    dtype, reason = choose_dtype(trained, adapter, options.dtype)
+    log.info("%s; written in %s, as %s", how(adapter), dtype, reason)
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(trained), local_files_only=True)
+    sizes = trained.checkpoint.architecture
+    rows = rows_to_compare(
+        tokenizer,
+        adapter.eval_sources,
+        vocab_size=sizes.vocab_size,
+        context=sizes.max_position_embeddings,
+        file=options.rows,
+    )
+    with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as beside:
+        inputs = beside.submit(lambda: {str(file): sha256_of_file(file) for file in trained.checkpoint.inputs})
+        rounding = hf.write(trained.checkpoint, folder, WriteOptions(dtype=dtype, shard_bytes=options.shard_bytes))
+        written = sorted(file for file in folder.iterdir() if file.is_file())
+        result = hf.read_back(folder)
+        record = {
+            "from": "adapter",
+            "to": "hf",
+            "base": adapter.named_base,
+            "base_quantization": adapter.quantization,
+            "base_quantization_told_by": adapter.told_by,
+            "how": how(adapter),
+            "dtype": dtype,
+            "dtype_because": reason,
+            "unties_embeddings": trained.unties,
+            "check": certificate.compare(trained.checkpoint, result, rounding, "tensors"),
+            "kept": prove(trained, result, rows),
+            "inputs_sha256": inputs.result(),
+            "outputs_sha256": certificate.fingerprints(written),
+            "versions": certificate.versions(),
+        }
+        write_json(folder / "conversion.json", record)
+    return record
+
+
+def how(adapter: AdapterFolder) -> str:
+    """The way in which an adapter is merged, in a line."""
+    if adapter.quantization == "none":
+        return "the change is added to the base's weights in float32 and rounded once"
+    return (
+        f"the change is added in float32 to the {adapter.quantization} weights that it was learned beside, dequantized; "
+        "they are not quantized again"
+    )
+
+
+def choose_dtype(trained: Trained, adapter: AdapterFolder, asked: str | None) -> tuple[str, str]:
+    """The number format to write, and the reason: that of a base in 16 bit where it keeps the change, else float32."""
+    if asked is not None:
+        return asked, "--dtype asks for it"
+    own = max((tensor.dtype for tensor in trained.base.values()), key=lambda kind: kind.itemsize)
+    if adapter.quantization != "none":
+        own = torch.bfloat16
+    if own.itemsize != 2:
+        return "float32", "it is the base's own"
+    name = str(own).removeprefix("torch.")
+    kept: Kept = kept_change(trained, trained.merged, own)
+    told = f"{name} keeps the change of each tensor with a cosine of at least {kept.least_cosine:.3f}"
+    if kept.least_cosine >= LEAST_COSINE:
+        return name, told
+    return "float32", f"{told}, and {LEAST_COSINE} is needed"
+
+
+def _tokenizer_folder(trained: Trained) -> Path:
+    return trained.checkpoint.tokenizer.tokenizer_json.parent
