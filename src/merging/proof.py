@@ -4,12 +4,13 @@
 
 Two things are measured. Of each tensor that the adapter changes, how much of the change is left: the cosine between
 what was written less the base as training saw it, and the change. And what comes out: on held-out rows, the divergence
-of the merged model's next-token distribution from that of the base with the adapter, as PEFT evaluates them, beside how
-far the adapter itself moved it.
+of the merged model's next-token distribution from that of the base with the adapter, as PEFT evaluates it, beside how far
+the adapter itself moved it: once with the weights that training saw and sums in float32, so that weights alone part the
+two; and where the base was quantized, once more with its own products.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,9 +31,10 @@ KL_SHARE = 0.05
 the change, and divergence goes by its square, 4 %."""
 AGREEMENT = 0.97
 """Least share of places at which the most likely token is the same: where two are as good as equal they may turn."""
-ACTIVATIONS = 2.0
-"""int8 products round each activation to 8 bits too, which no merged model does. What that alone does to the base is
-measured, and the merged model may differ by twice as much on top, as the adapter moves which values are rounded."""
+ROUNDING = 2.0
+"""Products of quantized weights round activations too, to 16 bits or to int8's 8, which no merged model does. What that
+alone does to the base is measured, and the merged model may differ from the base as it ran by twice as much on top, as
+the adapter moves which values are rounded."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,37 @@ class Kept:
     tensors_changed: int
     largest_relative_change: float
     """The change's norm over the weight's, of the tensor where that is largest."""
+
+
+@dataclass(frozen=True)
+class _Divergence:
+    """How far the merged model is from an evaluation of what was trained, and how far it may be."""
+
+    kl_nats_per_token: float
+    kl_allowed: float
+    greedy_agreement: float
+    """Share of places at which the most likely token is the same."""
+    greedy_agreement_needed: float
+
+    @classmethod
+    def of(
+        cls, expected: list[torch.Tensor], found: list[torch.Tensor], most: float, agreement: float
+    ) -> "_Divergence":
+        lost, same = compare_logits(expected, found)
+        return cls(lost, most, same, agreement)
+
+    def faults(self, what: str, learned: float) -> Iterator[str]:
+        """What is beyond its limit, for a message."""
+        if not self.kl_nats_per_token <= self.kl_allowed:
+            yield (
+                f"it diverges from {what} by {self.kl_nats_per_token:.2g} nats a token, where the adapter moved its "
+                f"base by {learned:.2g}; at most {self.kl_allowed:.2g} is allowed"
+            )
+        if not self.greedy_agreement >= self.greedy_agreement_needed:
+            yield (
+                f"the most likely token is that of {what} at {self.greedy_agreement:.1%} of places; "
+                f"{self.greedy_agreement_needed:.1%} is needed"
+            )
 
 
 def kept_change(trained: Trained, written: Mapping[str, LazyTensor], dtype: torch.dtype | None = None) -> Kept:
@@ -83,26 +116,18 @@ def prove(trained: Trained, written: Checkpoint, rows: Rows) -> dict[str, Any]:
     """
     kept = kept_change(trained, written.tensors)
     expected, of_base = trained.logits(rows.ids), trained.logits(rows.ids, adapter=False)
+    found = written.logits(rows.ids)
     learned, _ = compare_logits(expected, of_base)
-    lost, agreement = compare_logits(expected, written.logits(rows.ids))
-    noise, turned = 0.0, 0.0
-    if trained.logits_without_rounding is not None:
-        noise, same = compare_logits(of_base, trained.logits_without_rounding(rows.ids, adapter=False))
-        turned = 1 - same
-    most = max(KL_FLOOR, KL_SHARE * learned) + ACTIVATIONS * noise
-    least = AGREEMENT - ACTIVATIONS * turned
+    most = max(KL_FLOOR, KL_SHARE * learned)
+    weights = _Divergence.of(expected, found, most, AGREEMENT)
     figures = {
         "rows": len(rows.ids),
         "tokens": rows.tokens,
         "rows_from": rows.origin,
         **asdict(kept),
         "least_cosine_allowed": LEAST_COSINE,
-        "kl_nats_per_token": lost,
-        "kl_allowed": most,
         "kl_of_adapter_nats_per_token": learned,
-        "kl_of_rounded_activations_nats_per_token": noise,
-        "greedy_agreement": agreement,
-        "greedy_agreement_allowed": least,
+        **asdict(weights),
     }
     faults = []
     if not kept.least_cosine >= LEAST_COSINE:
@@ -110,13 +135,14 @@ def prove(trained: Trained, written: Checkpoint, rows: Rows) -> dict[str, Any]:
             f"the change of {kept.least_cosine_tensor} is kept with a cosine of {kept.least_cosine:.3f}; at least "
             f"{LEAST_COSINE} is needed"
         )
-    if not lost <= most:
-        faults.append(
-            f"it diverges from what was trained by {lost:.2g} nats a token, where the adapter moved its base by "
-            f"{learned:.2g}; at most {most:.2g} is allowed"
+    faults += weights.faults("the weights that were trained", learned)
+    if trained.quantized_logits is not None:
+        noise, same = compare_logits(trained.quantized_logits(rows.ids, adapter=False), of_base)
+        as_run = _Divergence.of(
+            trained.quantized_logits(rows.ids), found, most + ROUNDING * noise, AGREEMENT - ROUNDING * (1 - same)
         )
-    if not agreement >= least:
-        faults.append(f"the most likely token is the same at {agreement:.1%} of places; {least:.0%} is needed")
+        figures |= {"kl_of_rounded_activations_nats_per_token": noise, "as_quantized": asdict(as_run)}
+        faults += as_run.faults("the quantized base with the adapter", learned)
     if faults:
         raise CertificateError(
             f"the merged model lost part of what was learned: {'; '.join(faults)}. Merge with --dtype float32, or keep "

@@ -44,10 +44,10 @@ class Trained:
     unties: bool
     """Whether the base's head is its embedding, and the result's is not."""
     logits: Callable[..., list[torch.Tensor]]
-    """Rows of token ids -> for each float32 logits (tokens, vocabulary) of the base with the adapter, by PEFT;
-    `adapter=False`: of the base alone."""
-    logits_without_rounding: Callable[..., list[torch.Tensor]] | None
-    """As `logits`, with the weights that training saw, where that rounded activations too. None: it did not."""
+    """Rows of token ids -> for each float32 logits (tokens, vocabulary) of the base with the adapter, by PEFT, with the
+    weights that training saw and all sums in float32; `adapter=False`: of the base alone."""
+    quantized_logits: Callable[..., list[torch.Tensor]] | None
+    """As `logits`, by bitsandbytes' products of a quantized base, which round activations too. None: it is not."""
 
 
 def open_trained(adapter: AdapterFolder) -> Trained:
@@ -61,11 +61,8 @@ def open_trained(adapter: AdapterFolder) -> Trained:
     settings = _settings(adapter)
     outline = Outline(settings, adapter)
     stored = _by_module(checkpoint, outline, adapter)
-    if adapter.quantization == "none":
-        source, evaluated = stored, _Streamed(outline, stored)
-    else:
-        evaluated = _Quantized(adapter, outline, settings)
-        source = stored | evaluated.tensors()
+    quantized = None if adapter.quantization == "none" else _Quantized(adapter, outline, settings)
+    source = stored | quantized.tensors() if quantized else stored
     merged, changed, unties = _merged_tensors(outline, source)
     architecture = _architecture(checkpoint.architecture, settings, unties)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
@@ -87,8 +84,8 @@ def open_trained(adapter: AdapterFolder) -> Trained:
         merged=merged,
         changed=changed,
         unties=unties,
-        logits=evaluated.logits,
-        logits_without_rounding=_Streamed(outline, source).logits if adapter.quantization == "int8" else None,
+        logits=_Streamed(outline, source).logits,
+        quantized_logits=quantized.logits if quantized else None,
     )
 
 
@@ -134,7 +131,7 @@ def _by_module(checkpoint: Checkpoint, outline: Outline, adapter: AdapterFolder)
 
 
 class _Streamed:
-    """The evaluation of a base that stays in its files."""
+    """The evaluation of an outline, whose weights come from elsewhere when they are needed."""
 
     def __init__(self, outline: Outline, tensors: Mapping[str, LazyTensor]) -> None:
         self._outline, self._tensors = outline, tensors
@@ -148,11 +145,7 @@ class _Streamed:
 
 
 class _Quantized:
-    """A base as bitsandbytes holds it, all else of it in float32, and the adapter beside it.
-
-    The weights are those that training saw, while sums are in float32, so that what parts the evaluations is weights.
-    Products of int8 weights round activations to 8 bits here too.
-    """
+    """A base as bitsandbytes holds and multiplies it, all else of it in float32, and the adapter beside it."""
 
     def __init__(self, adapter: AdapterFolder, outline: Outline, settings: PreTrainedConfig) -> None:
         own = adapter.base if (adapter.base / "tokenizer.json").is_file() else adapter.path
@@ -172,12 +165,7 @@ class _Quantized:
                 weight.data = outline.whole[name].to(weight.device)
             if weight.is_floating_point():
                 weight.data = weight.data.float()
-        for module in base.modules():
-            if hasattr(module, "compute_dtype"):  # of 4-bit products, which training rounds to 16 bits
-                module.compute_dtype = torch.float32
         self._model, _ = with_adapter(base, adapter, lambda weight: names.get(id(weight)))
-        # Without a gradient to pass on, bitsandbytes takes another product, which rounds 4-bit weights otherwise.
-        self._model.enable_input_require_grads()
 
     def tensors(self) -> dict[str, LazyTensor]:
         """The base's weights as products use them, by name."""
@@ -195,17 +183,19 @@ class _Quantized:
         from bitsandbytes import functional as formats  # an extra package, which loaded the model
 
         if kind == "Params4bit":
-            values = formats.dequantize_4bit(weight.data, weight.quant_state)
+            # Products dequantize to the number format that they are computed in.
+            values = formats.dequantize_4bit(weight.data, weight.quant_state).to(module.compute_dtype)
         else:
             scales = module.state.SCB if module.state.SCB is not None else weight.SCB
             values = formats.int8_vectorwise_dequant(weight.data, scales)
         values = values.float().cpu()
         return values.T if name in self._outline.transposed else values
 
+    @torch.no_grad()
     def logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True) -> list[torch.Tensor]:
-        """As `Trained.logits`; a row at a time, as each takes the memory of a step of training."""
-        with torch.enable_grad(), contextlib.nullcontext() if adapter else self._model.disable_adapter():
-            return [evaluate_rows(self._model, [row])[0].detach() for row in rows]
+        """As `Trained.logits`."""
+        with contextlib.nullcontext() if adapter else self._model.disable_adapter():
+            return evaluate_rows(self._model, rows)
 
 
 def _merged_tensors(
