@@ -1,7 +1,7 @@
 """An adapter's folder: what it was trained on, as far as it and its run's record say.
 
-    adapter = read_adapter(Path("outputs/run"), AdapterOptions())
-    adapter.base, adapter.quantization       # Path("/models/llama"), "nf4"
+adapter = read_adapter(Path("outputs/run"), AdapterOptions())
+adapter.base, adapter.quantization       # Path("/models/llama"), "nf4"
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 

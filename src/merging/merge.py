@@ -7,18 +7,22 @@ quantized, the adapter learned to make up for what that did to the weights too: 
 weights, and the sum is not quantized again, which would wipe out most of a change that is small beside the steps.
 """
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from src.checkpoints import certificate, hf
-from src.checkpoints.checkpoint import WriteOptions
+from src.checkpoints.checkpoint import Checkpoint, ReadOptions, WriteOptions
 from src.merging.adapter import AdapterFolder, AdapterOptions, read_adapter
 from src.merging.proof import LEAST_COSINE, Kept, kept_change, prove
+from src.merging.renamed import module_tensors, write_stored
 from src.merging.rows import rows_to_compare
 from src.merging.trained import Trained, open_trained
 from utils.errors import UserError
@@ -76,9 +80,11 @@ def merge(path: Path, output: Path, options: MergeOptions | None = None) -> dict
     )
     with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as beside:
         inputs = beside.submit(lambda: {str(file): sha256_of_file(file) for file in trained.checkpoint.inputs})
-        rounding = hf.write(trained.checkpoint, folder, WriteOptions(dtype=dtype, shard_bytes=options.shard_bytes))
-        written = sorted(file for file in folder.iterdir() if file.is_file())
-        result = hf.read_back(folder)
+        with stored(trained, output.parent, dtype) as source:
+            rounding = hf.write(source, folder, WriteOptions(dtype=dtype, shard_bytes=options.shard_bytes))
+            written = sorted(file for file in folder.iterdir() if file.is_file())
+            result = hf.read_back(folder)
+            check = certificate.compare(source, result, rounding, "tensors")
         record = {
             "from": "adapter",
             "to": "hf",
@@ -89,8 +95,8 @@ def merge(path: Path, output: Path, options: MergeOptions | None = None) -> dict
             "dtype": dtype,
             "dtype_because": reason,
             "unties_embeddings": trained.unties,
-            "check": certificate.compare(trained.checkpoint, result, rounding, "tensors"),
-            "kept": prove(trained, result, rows),
+            "check": check,
+            "kept": prove(trained, result, rows, module_tensors(folder) if trained.renamed else None),
             "inputs_sha256": inputs.result(),
             "outputs_sha256": certificate.fingerprints(written),
             "versions": certificate.versions(),
@@ -99,13 +105,31 @@ def merge(path: Path, output: Path, options: MergeOptions | None = None) -> dict
     return record
 
 
+@contextlib.contextmanager
+def stored(trained: Trained, beside: Path, dtype: str) -> Iterator[Checkpoint]:
+    """The result's checkpoint with the names that its family stores.
+
+    Args:
+        beside: folder in which to set the tensors aside, where only a whole model can be renamed.
+    """
+    if not trained.renamed:
+        yield trained.checkpoint
+        return
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".merge.") as name:
+        fields = trained.checkpoint.architecture.config()
+        settings = AutoConfig.for_model(**fields)
+        write_stored(trained.merged, settings, Path(name), hf.DTYPES[dtype])
+        renamed = hf.read(Path(name), ReadOptions(tokenizer=_tokenizer_folder(trained)))
+        yield replace(trained.checkpoint, tensors=renamed.tensors)
+
+
 def how(adapter: AdapterFolder) -> str:
     """The way in which an adapter is merged, in a line."""
     if adapter.quantization == "none":
         return "the change is added to the base's weights in float32 and rounded once"
     return (
-        f"the change is added in float32 to the {adapter.quantization} weights that it was learned beside, dequantized; "
-        "they are not quantized again"
+        f"the change is added in float32 to the {adapter.quantization} weights that it was learned beside, dequantized, "
+        "which are not quantized again"
     )
 
 

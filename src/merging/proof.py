@@ -4,9 +4,9 @@
 
 Two things are measured. Of each tensor that the adapter changes, how much of the change is left: the cosine between
 what was written less the base as training saw it, and the change. And what comes out: on held-out rows, the divergence
-of the merged model's next-token distribution from that of the base with the adapter, as PEFT evaluates it, beside how far
-the adapter itself moved it: once with the weights that training saw and sums in float32, so that weights alone part the
-two; and where the base was quantized, once more with its own products.
+of the merged model's next-token distribution from that of the base with the adapter, as PEFT evaluates it, beside how
+far the adapter itself moved it: once with the weights that training saw and sums in float32, so that weights alone part
+the two; and where the base was quantized, once more with its own products.
 """
 
 import math
@@ -27,8 +27,8 @@ weight by 0.2 % of itself, so a change of 1 % of the weights passes and one of 0
 KL_FLOOR = 1e-7
 """Nats a token that two orders of summation in float32 may part the evaluations of a deep model by."""
 KL_SHARE = 0.05
-"""Most divergence, as a share of what the adapter itself makes. The error that `LEAST_COSINE` lets through is a fifth of
-the change, and divergence goes by its square, 4 %."""
+"""Most divergence, as a share of what the adapter itself makes. The error that `LEAST_COSINE` lets through is a fifth
+of the change, and divergence goes by its square, 4 %."""
 AGREEMENT = 0.97
 """Least share of places at which the most likely token is the same: where two are as good as equal they may turn."""
 ROUNDING = 2.0
@@ -106,15 +106,19 @@ def kept_change(trained: Trained, written: Mapping[str, LazyTensor], dtype: torc
     return Kept(least, where, changed, largest)
 
 
-def prove(trained: Trained, written: Checkpoint, rows: Rows) -> dict[str, Any]:
+def prove(
+    trained: Trained, written: Checkpoint, rows: Rows, by_module: Mapping[str, LazyTensor] | None = None
+) -> dict[str, Any]:
     """Compare a merged model with what was trained.
 
+    Args:
+        by_module: the tensors of `written` by their names in the model, where it stores them under others.
     Returns:
         The figures, ready for conversion.json.
     Raises:
         CertificateError: the merged model lost part of what was learned; it says how much, and what to do.
     """
-    kept = kept_change(trained, written.tensors)
+    kept = kept_change(trained, by_module or written.tensors)
     expected, of_base = trained.logits(rows.ids), trained.logits(rows.ids, adapter=False)
     found = written.logits(rows.ids)
     learned, _ = compare_logits(expected, of_base)

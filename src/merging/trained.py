@@ -5,11 +5,10 @@
     trained.merged["model.layers.0.mlp.up_proj.weight"].load()   # with what was learned, in float32
     trained.logits(rows)
 
-A base of 16 or 32 bit stays in its files, from which each tensor is read when it is needed. A quantized one is loaded as
-training loads it, and each tensor is dequantized by bitsandbytes when it is needed.
+A base of 16 or 32 bit stays in its files, from which each tensor is read when it is needed. A quantized one is loaded
+as training loads it, and each tensor is dequantized by bitsandbytes when it is needed.
 """
 
-import contextlib
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +24,12 @@ from src.checkpoints.evaluation import evaluate_rows
 from src.generation import set_stops
 from src.merging.adapter import AdapterFolder
 from src.merging.outline import Outline, with_adapter
+from src.merging.renamed import module_tensors
 from src.model import load_model, vocabulary_size
 from utils.errors import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Trained:
     """The result in float32 for what the adapter changes, in the base's own number format for all else."""
     changed: tuple[str, ...]
     """Names of `merged` that the adapter may change."""
+    renamed: bool
+    """Whether the base's checkpoint stores tensors under other names than those of the model, which `merged` has."""
     unties: bool
     """Whether the base's head is its embedding, and the result's is not."""
     logits: Callable[..., list[torch.Tensor]]
@@ -60,7 +65,7 @@ def open_trained(adapter: AdapterFolder) -> Trained:
     checkpoint = hf.read(adapter.base, ReadOptions(tokenizer=tokenizer_folder))
     settings = _settings(adapter)
     outline = Outline(settings, adapter)
-    stored = _by_module(checkpoint, outline, adapter)
+    stored, renamed = _by_module(checkpoint, outline, adapter)
     quantized = None if adapter.quantization == "none" else _Quantized(adapter, outline, settings)
     source = stored | quantized.tensors() if quantized else stored
     merged, changed, unties = _merged_tensors(outline, source)
@@ -83,6 +88,7 @@ def open_trained(adapter: AdapterFolder) -> Trained:
         },
         merged=merged,
         changed=changed,
+        renamed=renamed,
         unties=unties,
         logits=_Streamed(outline, source).logits,
         quantized_logits=quantized.logits if quantized else None,
@@ -102,32 +108,35 @@ def _settings(adapter: AdapterFolder) -> PreTrainedConfig:
     return settings
 
 
-def _by_module(checkpoint: Checkpoint, outline: Outline, adapter: AdapterFolder) -> dict[str, LazyTensor]:
-    """The base's tensors as training loaded them, without a second one of two that are tied, and with those that the
-    adapter's file holds whole."""
+def _by_module(checkpoint: Checkpoint, outline: Outline, adapter: AdapterFolder) -> tuple[dict[str, LazyTensor], bool]:
+    """The base's tensors by their names in the model, and whether the checkpoint stores them under others.
+
+    They are as training loaded them, without a second one of two that are tied, and with those that the adapter's file
+    holds whole.
+    """
+    stored, needed = dict(checkpoint.tensors), set(outline.sources.values()) - outline.whole.keys()
+    if renamed := not needed <= stored.keys():
+        log.warning("%s is loaded whole, as it stores tensors under other names than its modules have", adapter.base)
+        stored = module_tensors(adapter.base)
     aliases = {name for name in outline.names if outline.source_of(name) != name}
-    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in aliases}
+    stored = {name: tensor for name, tensor in stored.items() if name not in aliases}
     if adapter.model.dtype != "auto":
         dtype = getattr(torch, adapter.model.dtype)
+        cast = rounded(stored, lambda _, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         stored = {
-            name: replace(tensor, dtype=dtype)
-            for name, tensor in rounded(stored, lambda _, tensor: tensor.to(dtype)).items()
+            name: replace(tensor, dtype=dtype) if tensor.dtype.is_floating_point else tensor
+            for name, tensor in cast.items()
         }
-    whole = {
-        name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
-        for name, tensor in outline.whole.items()
-    }
-    stored |= whole
-    if missing := sorted(set(outline.sources.values()) - stored.keys()):
-        raise UserError(
-            f"{adapter.base} stores tensors under other names than its modules have ({', '.join(missing[:2])} is not "
-            "there), so they cannot be merged one by one; keep the adapter"
-        )
-    shapes = {name: tuple(outline.shape_of(name)) for name in outline.sources.values()}
-    for name, shape in shapes.items():
-        if stored[name].shape != shape:
-            raise UserError(f"{adapter.base}: {name} has shape {stored[name].shape}, its config.json asks for {shape}")
-    return stored
+    for name, tensor in outline.whole.items():
+        stored[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+    for name in outline.sources.values():
+        if name not in stored or stored[name].shape != outline.shape_of(name):
+            found = f"has shape {stored[name].shape}" if name in stored else "is missing"
+            raise UserError(
+                f"{adapter.base}: {name} {found}, while its config.json asks for {outline.shape_of(name)}; give a "
+                "complete base with --base"
+            )
+    return stored, renamed
 
 
 class _Streamed:
@@ -257,9 +266,7 @@ def _generation(
     )
 
 
-def _check_vocabulary(
-    adapter: AdapterFolder, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _check_vocabulary(adapter: AdapterFolder, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     rows, needed = settings.get_text_config().vocab_size, vocabulary_size(tokenizer)
     if needed > rows:
         raise UserError(
