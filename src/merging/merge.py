@@ -128,8 +128,8 @@ def how(adapter: AdapterFolder) -> str:
     if adapter.quantization == "none":
         return "the change is added to the base's weights in float32 and rounded once"
     return (
-        f"the change is added in float32 to the {adapter.quantization} weights that it was learned beside, dequantized, "
-        "which are not quantized again"
+        f"the change is added in float32 to the {adapter.quantization} weights that it was learned beside, which are "
+        "dequantized for it and not quantized again"
     )
 
 

@@ -172,8 +172,9 @@ def with_adapter(
     Raises:
         UserError: the adapter is not of this base, or its file and its config differ.
     """
-    config = copy.copy(adapter.config)
+    config = copy.deepcopy(adapter.config)
     config.inference_mode = True
+    config.base_model_name_or_path = base.name_or_path  # which PEFT would put there, with a warning
     try:
         model = get_peft_model(base, config)
     except (ValueError, RuntimeError, TypeError) as error:
