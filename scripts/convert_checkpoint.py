@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from src.checkpoints.certificate import CertificateError, Kind
 from src.checkpoints.checkpoint import ReadOptions, WriteOptions
 from src.checkpoints.convert import DTYPES, SOURCES, TARGETS, convert
+from src.checkpoints.meta_releases import RELEASES
+from src.checkpoints.nanogpt import ACTIVATIONS
 from src.merging.adapter import QUANTIZATIONS, AdapterOptions
 from src.merging.merge import MergeOptions, merge
 from utils.errors import UserError
@@ -34,16 +36,34 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--to", dest="target", choices=TARGETS, help="format to write; not with --merge: hf")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file or folder, where PATH does not hold it")
     parser.add_argument(
+        "--activation", choices=ACTIVATIONS, help="GELU of a nanoGPT model: exact, or by tanh before June 2023"
+    )
+    parser.add_argument(
         "--certificate",
-        choices=get_args(Kind),
+        choices=(*get_args(Kind), "none"),
         default="logits",
         help="how the result is compared with the source: every tensor, token ids and logits; or without logits",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights written; left out: the source's")
     parser.add_argument("--shard-gib", type=float, default=1.0, help="most GiB of a weight file")
-    merging = parser.add_argument_group("with --merge")
+    parser.add_argument(
+        "--shards", type=int, default=1, help="with --to meta: files that each hold a slice of a matrix"
+    )
+    parser.add_argument("--meta-version", choices=RELEASES, help="with --from meta: which Llama it is")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--instruct", action="store_true", default=None, help="with --from meta: the model that answers")
+    kind.add_argument("--base", dest="instruct", action="store_false", help="with --from meta: the base model")
+    parser.add_argument("--chat-template", type=Path, help="file of Jinja, where PATH holds no chat template")
+    _add_merging(parser)
+    arguments = parser.parse_args()
+    _check_merging(parser, arguments)
+    return arguments
+
+
+def _add_merging(parser: argparse.ArgumentParser) -> None:
+    merging = parser.add_argument_group("merging")
     merging.add_argument("--merge", action="store_true", help="PATH is an adapter, to be merged into its base")
-    merging.add_argument("--base", type=Path, help="folder of the base, where it is not where the adapter says")
+    merging.add_argument("--base-model", type=Path, help="folder of the base, where it is not where the adapter says")
     merging.add_argument(
         "--base-quantization",
         choices=QUANTIZATIONS,
@@ -52,17 +72,28 @@ def _arguments() -> argparse.Namespace:
     merging.add_argument(
         "--rows", type=Path, help="file of held-out rows to compare on; left out: the run's own, and fixed texts"
     )
-    arguments = parser.parse_args()
-    other = (
-        ("source", "target", "tokenizer", "certificate") if arguments.merge else ("base", "base_quantization", "rows")
-    )
-    names = {"source": "from", "target": "to"}
-    given = [f"--{names.get(name, name)}".replace("_", "-") for name in other if getattr(arguments, name) is not None]
+
+
+def _check_merging(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program where options of a merge stand beside those of a conversion."""
+    of_merge = {"base_model": "--base-model", "base_quantization": "--base-quantization", "rows": "--rows"}
+    of_conversion = {
+        "source": "--from",
+        "target": "--to",
+        "tokenizer": "--tokenizer",
+        "activation": "--activation",
+        "certificate": "--certificate",
+        "shards": "--shards",
+        "meta_version": "--meta-version",
+        "instruct": "--instruct or --base",
+        "chat_template": "--chat-template",
+    }
+    others = of_conversion if arguments.merge else of_merge
+    given = [option for name, option in others.items() if getattr(arguments, name) != parser.get_default(name)]
     if given:
         parser.error(f"{', '.join(given)} may not be given {'with' if arguments.merge else 'without'} --merge")
     if not arguments.merge and arguments.target is None:
         parser.error("the following arguments are required: --to, or --merge")
-    return arguments
 
 
 def main() -> int:
@@ -91,8 +122,16 @@ def _converted(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.output,
         arguments.target,
         source=arguments.source,
-        reading=ReadOptions(tokenizer=arguments.tokenizer),
-        writing=WriteOptions(dtype=arguments.dtype, shard_bytes=int(arguments.shard_gib * 2**30)),
+        reading=ReadOptions(
+            tokenizer=arguments.tokenizer,
+            meta_version=arguments.meta_version,
+            instruct=arguments.instruct,
+            chat_template=arguments.chat_template,
+            activation=arguments.activation,
+        ),
+        writing=WriteOptions(
+            dtype=arguments.dtype, shard_bytes=int(arguments.shard_gib * 2**30), shards=arguments.shards
+        ),
         check=arguments.certificate,
     )
 
@@ -102,7 +141,7 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.path,
         arguments.output,
         MergeOptions(
-            adapter=AdapterOptions(base=arguments.base, quantization=arguments.base_quantization),
+            adapter=AdapterOptions(base=arguments.base_model, quantization=arguments.base_quantization),
             dtype=arguments.dtype,
             rows=arguments.rows,
             shard_bytes=int(arguments.shard_gib * 2**30),

@@ -9,6 +9,7 @@ cannot hold.
     checkpoint.tensors["model.norm.weight"].load()
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any, Protocol
 import torch
 
 from src.checkpoints.architecture import Architecture, LlamaArchitecture
+from src.checkpoints.characters import Characters
 from src.checkpoints.pieces import ScoredPieces
+from src.checkpoints.tiktoken_ranks import TiktokenRanks
 from utils.errors import UserError
 
 
@@ -83,6 +86,22 @@ class TokenizerFiles:
 
 
 @dataclass(frozen=True)
+class MadeTokenizer:
+    """A tokenizer in Hugging Face's own files that another format's vocabulary was made into."""
+
+    texts: Mapping[str, str] = field(hash=False)
+    """The content of tokenizer.json, tokenizer_config.json and perhaps chat_template.jinja by these names."""
+
+    @property
+    def tokenizer_json(self) -> dict[str, Any]:
+        """Vocabulary, merges and every step of tokenization."""
+        return json.loads(self.texts["tokenizer.json"])
+
+
+AnyTokenizer = ScoredPieces | TiktokenRanks | Characters | TokenizerFiles | MadeTokenizer
+
+
+@dataclass(frozen=True)
 class Generation:
     """How text is drawn from the model: the ids of the tokens that bound it."""
 
@@ -100,6 +119,14 @@ class ReadOptions:
 
     tokenizer: Path | None = None
     """The tokenizer's file or folder, where the source does not hold it."""
+    meta_version: str | None = None
+    """Which Llama a folder of Meta's is: 1, 2, 3, 3.1 or 3.2. None: what its files say, where they do."""
+    instruct: bool | None = None
+    """Whether a folder of Meta's is the model that answers (True) or the base (False). None: as its files say."""
+    chat_template: Path | None = None
+    """A file of Jinja, where the source holds no chat template."""
+    activation: str | None = None
+    """transformers' name of the feed-forward layers' activation, where the source does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +137,8 @@ class WriteOptions:
     """Number format of the weights, by the target's name for it. None: the source's own, or the target's only one."""
     shard_bytes: int = 2**30
     """Most bytes of a weight file, where the target can have several."""
+    shards: int = 1
+    """Weight files that each hold a slice of every matrix, for as many processes."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +150,18 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, LazyTensor]
     """By Hugging Face name, with rotary pairs in halves as transformers has them."""
-    tokenizer: ScoredPieces | TokenizerFiles
+    tokenizer: AnyTokenizer
     generation: Generation
     logits: Logits
     """The source's own evaluation."""
     encode: Callable[[str], list[int]]
     """The source's own tokenization, with the begin token in front."""
+    chat_template: str | None = None
+    """The Jinja of a tokenizer that is not in files of its own."""
+    characters: frozenset[str] | None = None
+    """The only characters that a text may have; None: any."""
+    check_family: Callable[[], None] | None = None
+    """Raises UserError where the tensors are not those of a family that `check_tensors` leaves to transformers."""
 
     def tensors_in_order(self) -> Mapping[str, LazyTensor]:
         """The tensors in the model's order, where its architecture tells that, else in the source's."""

@@ -3,13 +3,14 @@
 convert(Path("model.bin"), Path("outputs/model"), target="hf", reading=ReadOptions(tokenizer=Path("tokenizer.bin")))
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from src.checkpoints import certificate, hf, llama2c
+from src.checkpoints import certificate, gguf, hf, llama2c, llama2c_training, meta, nanogpt
 from src.checkpoints.checkpoint import Checkpoint, ReadOptions, Rounding, WriteOptions
 from utils.errors import UserError
 from utils.files import whole_folder, write_json
@@ -42,11 +43,18 @@ class Target:
 SOURCES = {
     "hf": Source(hf.read, hf.recognises),
     "llama2c": Source(llama2c.read, llama2c.recognises),
+    "meta": Source(meta.read, meta.recognises, options=meta.OPTIONS),
+    "llama2c-training": Source(llama2c_training.read, llama2c_training.recognises),
+    "nanogpt": Source(nanogpt.read, nanogpt.recognises, frozenset({"tokenizer", "activation"})),
+    "gguf": Source(gguf.read, gguf.recognises, options=frozenset()),
 }
 TARGETS = {
     "hf": Target(hf.write, hf.read_back, dtypes=tuple(hf.DTYPES), options=frozenset({"shard_bytes"})),
     "llama2c": Target(llama2c.write_version_0, llama2c.read_back),
     "llama2c-v1": Target(llama2c.write_version_1, llama2c.read_back),
+    "meta": Target(meta.write, meta.read_back, dtypes=tuple(meta.DTYPES), options=frozenset({"shards"})),
+    "llama2c-v2": Target(llama2c.write_version_2, llama2c.read_back),
+    "gguf": Target(gguf.write, gguf.read_back, dtypes=tuple(gguf.DTYPES)),
 }
 
 
@@ -77,7 +85,7 @@ def convert(
     source: str | None = None,
     reading: ReadOptions | None = None,
     writing: WriteOptions | None = None,
-    check: certificate.Kind = "logits",
+    check: certificate.Kind | Literal["none"] = "logits",
 ) -> dict[str, Any]:
     """Read a checkpoint, write it in another format, read that back and compare the two.
 
@@ -86,7 +94,7 @@ def convert(
     Args:
         target: a name in `TARGETS`.
         source: a name in `SOURCES`; None: told from the files.
-        check: how what was written is compared; see `certificate`.
+        check: how what was written is compared; see `certificate`. `none`: it is not.
     Returns:
         The content of conversion.json.
     Raises:
@@ -105,18 +113,38 @@ def convert(
     checkpoint = SOURCES[source].read(source_path, reading)
     with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as beside:
         inputs = beside.submit(certificate.fingerprints, checkpoint.inputs)
-        rounding = TARGETS[target].write(checkpoint, folder, writing)
+        with _told_when_full(output, folder):
+            rounding = TARGETS[target].write(checkpoint, folder, writing)
         written = sorted(path for path in folder.iterdir() if path.is_file())
+        figures = None
+        if check != "none":
+            figures = certificate.compare(checkpoint, TARGETS[target].read_back(folder), rounding, check)
         record = {
             "from": source,
             "to": target,
             "inputs_sha256": inputs.result(),
             "outputs_sha256": certificate.fingerprints(written),
             "versions": certificate.versions(),
-            "check": certificate.compare(checkpoint, TARGETS[target].read_back(folder), rounding, check),
+            "check": figures,
         }
         write_json(folder / "conversion.json", record)
     return record
+
+
+@contextlib.contextmanager
+def _told_when_full(output: Path, folder: Path) -> Iterator[None]:
+    """Raises: UserError, naming the file that could not be written, in place of what the libraries make of that."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and Path(error.filename).parent != folder:
+            raise
+        files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)  # a failed write names no file
+        name = Path(error.filename).name if error.filename else files[-1].name if files else "its first file"
+        raise UserError(
+            f"{output} was not written: {name} could not be ({error.strerror}); free space on its disk, or name "
+            "another folder"
+        ) from error
 
 
 def _check_options(source: str, reading: ReadOptions, target: str, writing: WriteOptions) -> None:

@@ -8,11 +8,11 @@ larger than memory can be written. A Llama is read in typed fields; any other ca
 its config.json has it, for another Hugging Face folder.
 """
 
+import errno
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from src.checkpoints.architecture import (
     LLAMA_FIELDS,
@@ -29,6 +30,7 @@ from src.checkpoints.architecture import (
     OtherArchitecture,
     beyond_llama,
 )
+from src.checkpoints.characters import only_characters
 from src.checkpoints.checkpoint import (
     Checkpoint,
     Generation,
@@ -39,10 +41,14 @@ from src.checkpoints.checkpoint import (
     WriteOptions,
 )
 from src.checkpoints.evaluation import evaluation
+from src.checkpoints.hf_tokenizer import made_tokenizer
 from src.checkpoints.json_files import read_json_object
-from src.checkpoints.pieces import ScoredPieces
+from src.checkpoints.pickles import pickled_tensors
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import write_json, write_text
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES, _PICKLES_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -71,18 +77,20 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     files, tensors = _read_tensors(path)
     architecture, tensors = _read_architecture(path, settings, tensors)
     folder = options.tokenizer or path
-    tokenizer_files = tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
-    if folder / "tokenizer.json" not in tokenizer_files:
-        raise UserError(f"{folder} has no tokenizer.json; name a folder that has one with --tokenizer FOLDER")
+    tokenizer = tokenizer_files(folder)
+    backend = backend_of(tokenizer)
+    _check_ids(backend, tokenizer, path, architecture.vocab_size)
     descriptions = [file for file in (path / "config.json", path / "generation_config.json") if file.is_file()]
     checkpoint = Checkpoint(
-        inputs=(*descriptions, *files, *tokenizer_files),
+        inputs=(*descriptions, *files, *tokenizer.paths),
         architecture=architecture,
         tensors=tensors,
-        tokenizer=TokenizerFiles(tokenizer_files),
+        tokenizer=tokenizer,
         generation=read_generation(path),
         logits=evaluation(path, tensors),
-        encode=_tokenization(folder),
+        encode=tokenization(folder),
+        characters=only_characters(backend),
+        check_family=None if isinstance(architecture, LlamaArchitecture) else functools.partial(_check_loading, path),
     )
     checkpoint.check_tensors()
     return checkpoint
@@ -98,7 +106,7 @@ def _read_architecture(
         raise UserError(f"{path}/config.json is not one that transformers reads: {error}") from error
     if settings["model_type"] == "llama" and not beyond_llama(settings):
         sizes = LlamaArchitecture(**{name: getattr(config, name) for name in LLAMA_FIELDS})
-        if sizes.tie_word_embeddings and "lm_head.weight" in tensors:
+        if sizes.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
             head = tensors.pop("lm_head.weight").load()
             if not torch.equal(head, tensors["model.embed_tokens.weight"].load()):
                 raise UserError(
@@ -111,13 +119,33 @@ def _read_architecture(
     ), tensors
 
 
+def _check_loading(path: Path) -> None:
+    """Let transformers match the stored names and shapes with its model, without weights.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    try:
+        _, report = AutoModelForCausalLM.from_pretrained(
+            path, device_map="meta", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"transformers does not load {path}: {' '.join(str(error).split())[-600:]}") from error
+    if report["missing_keys"]:
+        raise UserError(f"{path} lacks the tensors {sorted(report['missing_keys'])[:4]}; give all of its weight files")
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise UserError(f"{path}: {name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}; mend one")
+
+
 def _read_tensors(path: Path) -> tuple[list[Path], dict[str, LazyTensor]]:
     """The weight files of a folder, and what they hold."""
     kinds = ((_WEIGHTS, _INDEX, _lazy_tensors), (_PICKLES, _PICKLES_INDEX, _pickled_tensors))
     for whole, index, read_file in kinds:
+        places: dict[str, str] | None = None
         if (path / index).is_file():
-            names = set(read_json_object(path / index)["weight_map"].values())
-            files = [path / name for name in sorted(names)]
+            places = _read_index(path / index)
+            files = [path / name for name in sorted(set(places.values()))]
         elif (path / whole).is_file():
             files = [path / whole]
         else:
@@ -126,32 +154,57 @@ def _read_tensors(path: Path) -> tuple[list[Path], dict[str, LazyTensor]]:
             raise UserError(f"{path} lacks {missing}; give a folder with all of its weight files")
         tensors: dict[str, LazyTensor] = {}
         for file in files:
-            tensors |= read_file(file)
+            found = read_file(file)
+            if places is not None:
+                _check_shard(file, found.keys(), {name for name, place in places.items() if place == file.name}, index)
+            tensors |= found
         return files, tensors
     raise UserError(f"{path} lacks {_WEIGHTS}, {_INDEX} or their older .bin; give a folder with its weight files")
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """File names by tensor, without what `_is_left_out`.
+
+    Raises:
+        UserError: the index has no such map.
+    """
+    places = read_json_object(path).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(place, str) and place == Path(place).name for place in places.values()
+    ):
+        raise UserError(f"{path} has no weight_map of file names beside it by tensor; fetch it again")
+    return {name: place for name, place in places.items() if not _is_left_out(name)}
+
+
+def _check_shard(file: Path, found: Collection[str], wanted: Collection[str], index: str) -> None:
+    """Raises: UserError if a file holds other tensors than the index puts there."""
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or unknown:
+        raise UserError(
+            f"{file} lacks {len(missing)} tensors {missing[:4]} that {index} puts there and has {len(unknown)} "
+            f"{unknown[:4]} that it does not; give the files of one model"
+        )
+
+
+def _is_left_out(name: str) -> bool:
+    """Whether a tensor is one of the rotary frequencies that early Llama checkpoints store."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
 def _pickled_tensors(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a file that `torch.save` wrote; they stay in it, and no code of it is run."""
-    try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (EOFError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
-        raise UserError(
-            f"{file} is no whole file of tensors alone ({' '.join(str(error).split())[:300]}); give safetensors, or "
-            "a file that torch 1.6 or later saved"
-        ) from error
     return {
         name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
-        for name, tensor in content.items()
-        if not name.endswith(".rotary_emb.inv_freq")
+        for name, tensor in pickled_tensors(file).items()
+        if not _is_left_out(name)
     }
 
 
 def _lazy_tensors(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, without the rotary frequencies that early Llama checkpoints store."""
+    """The tensors of a safetensors file."""
     try:
         with safe_open(file, "pt") as content:
-            names = [name for name in content.keys() if not name.endswith(".rotary_emb.inv_freq")]  # noqa: SIM118
+            names = [name for name in content.keys() if not _is_left_out(name)]  # noqa: SIM118
             return {name: _lazy(file, name, content.get_slice(name)) for name in names}
     except SafetensorError as error:
         raise UserError(f"{file} is no whole safetensors file ({error}); fetch it again") from error
@@ -181,7 +234,49 @@ def read_generation(path: Path) -> Generation:
     )
 
 
-def _tokenization(folder: Path) -> Callable[[str], list[int]]:
+def tokenizer_files(folder: Path) -> TokenizerFiles:
+    """The tokenizer of a folder.
+
+    Raises:
+        UserError: it has no tokenizer.json.
+    """
+    files = tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
+    if folder / "tokenizer.json" not in files:
+        raise UserError(f"{folder} has no tokenizer.json; name a folder that has one with --tokenizer FOLDER")
+    return TokenizerFiles(files)
+
+
+def _check_ids(backend: Tokenizer, tokenizer: TokenizerFiles, path: Path, rows: int) -> None:
+    """Raises: UserError if a token has no row in an embedding of `rows` rows."""
+    ids = id_count(backend)
+    if ids > rows:
+        raise UserError(
+            f"{tokenizer.tokenizer_json} has {ids} ids, but the embedding of {path} has {rows} rows; give the "
+            "tokenizer that the model was trained with"
+        )
+    if ids < rows:
+        log.info("%s has %d ids, the embedding %d rows: the rest is padding", tokenizer.tokenizer_json, ids, rows)
+
+
+def id_count(backend: Tokenizer) -> int:
+    """Rows that an embedding needs for every id: the largest and one."""
+    return max(backend.get_vocab().values(), default=-1) + 1
+
+
+def backend_of(tokenizer: TokenizerFiles) -> Tokenizer:
+    """What tokenizer.json holds.
+
+    Raises:
+        UserError: the file is no tokenizer.
+    """
+    path = tokenizer.tokenizer_json
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more particular
+        raise UserError(f"{path} is no tokenizer ({error}); fetch it again") from error
+
+
+def tokenization(folder: Path) -> Callable[[str], list[int]]:
     """AutoTokenizer's ids; the tokenizer is loaded at the first call."""
     tokenizer = functools.cache(lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
     return lambda text: tokenizer()(text, verbose=False).input_ids  # quiet about texts beyond the context
@@ -193,6 +288,8 @@ def write(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> Roundi
     Returns:
         How weights were rounded; None if they were not.
     """
+    if checkpoint.check_family is not None:
+        checkpoint.check_family()
     generation = checkpoint.generation
     stops = list(generation.stop_token_ids)
     dtype = DTYPES[options.dtype] if options.dtype else None
@@ -217,7 +314,8 @@ def write(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> Roundi
         for path in checkpoint.tokenizer.paths:
             shutil.copyfile(path, folder / path.name)
     else:
-        _write_pieces(checkpoint.tokenizer, generation, checkpoint.architecture.max_position_embeddings, folder)
+        for name, text in made_tokenizer(checkpoint).texts.items():
+            write_text(folder / name, text)
     return None if dtype is None else lambda name, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
@@ -234,33 +332,17 @@ def _write_tensors(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
     split = split_torch_state_dict_into_shards(outlines, max_shard_size=shard_bytes)
     for filename, names in split.filename_to_tensors.items():
         # No name holds the shard, which would keep it in memory while the next one is read.
-        save_file(
-            {name: checkpoint.tensors[name].load().to(outlines[name].dtype).contiguous() for name in names},
-            folder / filename,
-            metadata={"format": "pt"},
-        )
+        try:
+            save_file(
+                {name: checkpoint.tensors[name].load().to(outlines[name].dtype).contiguous() for name in names},
+                folder / filename,
+                metadata={"format": "pt"},
+            )
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(folder / filename)) from error
         (folder / filename).chmod(0o644)  # safetensors makes files that only their owner may read
     if split.is_sharded:
         write_json(folder / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-
-
-def _write_pieces(pieces: ScoredPieces, generation: Generation, context: int, folder: Path) -> None:
-    """Write tokenizer.json and its config.
-
-    The class is PreTrainedTokenizerFast, which takes tokenizer.json as it stands, its begin token in front included;
-    LlamaTokenizer would replace its normalizer by one that drops the added space of a text that begins with a space.
-    """
-    pieces.to_tokenizer().save(str(folder / "tokenizer.json"))
-    names = {"bos": pieces.bos_id, "eos": pieces.eos_id, "unk": pieces.unk_id, "pad": generation.pad_token_id}
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{name}_token": pieces.pieces[index] for name, index in names.items() if index is not None},
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": context,
-        },
-    )
 
 
 def read_back(folder: Path) -> Checkpoint:

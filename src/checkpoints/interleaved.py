@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from src.checkpoints.architecture import LlamaArchitecture
 from src.checkpoints.checkpoint import LazyTensor, Rounding, rounded
 from utils.errors import UserError
+
+HEAD_ROWS = 2**14
+"""Rows of the head that are multiplied together."""
 
 # Meta's name of a layer's tensor -> Hugging Face's
 _LAYER_NAMES = {
@@ -24,11 +27,16 @@ _LAYER_NAMES = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
+YARN_FAST, YARN_SLOW = 32, 1
+"""Turns in the original context from which YaRN keeps a wavelength, and up to which it stretches it in full."""
+
 _TOP_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 
 
@@ -38,10 +46,25 @@ def hugging_face_name(name: str) -> str:
     Raises:
         KeyError: no Llama tensor has that name.
     """
-    parts = name.removesuffix(".weight").split(".", 2)
+    stem, _, kind = name.rpartition(".")
+    parts = stem.split(".", 2)
     if parts[0] != "layers":
-        return f"{_TOP_NAMES['.'.join(parts)]}.weight"
-    return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
+        return f"{_TOP_NAMES[stem]}.{kind}"
+    return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{kind}"
+
+
+def shapes_by_meta_name(architecture: LlamaArchitecture) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by Meta's name, in the model's order; a tied head is not among them."""
+    layer_names = {theirs: own for own, theirs in _LAYER_NAMES.items()}
+    top_names = {theirs: own for own, theirs in _TOP_NAMES.items()}
+
+    def own_name(name: str) -> str:
+        parts = name.removeprefix("model.").removesuffix(".weight").split(".", 2)
+        if parts[0] == "layers":
+            return f"layers.{parts[1]}.{layer_names[parts[2]]}.weight"
+        return f"{top_names[name.removesuffix('.weight')]}.weight"
+
+    return {own_name(name): shape for name, shape in architecture.tensor_shapes().items()}
 
 
 def pairs_to_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -55,12 +78,13 @@ def halves_to_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _heads_to_reorder(name: str, architecture: LlamaArchitecture) -> int:
-    """Heads in the rows of a rotated projection by either of its names; 0 for every other tensor."""
-    if name.endswith((".wq.weight", ".q_proj.weight")):
+    """Heads in the rows of a rotated projection, its bias or its norm by either name; 0 for every other tensor."""
+    part = name.split(".")[-2]
+    if part in ("wq", "q_proj"):
         return architecture.num_attention_heads
-    if name.endswith((".wk.weight", ".k_proj.weight")):
+    if part in ("wk", "k_proj"):
         return architecture.num_key_value_heads
-    return 0
+    return int(part in ("q_norm", "k_norm"))  # one norm serves every head
 
 
 def to_hugging_face(architecture: LlamaArchitecture, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -99,7 +123,8 @@ def interleaved_logits(
     """Evaluate Llama from tensors by Meta's names, unpermuted, one layer in memory at a time.
 
     It shares no code with transformers, so agreement with a converted model speaks for names, shapes, row order, rotary
-    angles and norms alike. No biases.
+    angles and norms alike. Biases of the attention's projections, and norms of queries and keys, are heeded where
+    `tensors` has them, so that Qwen 2 and 3 are evaluated too.
 
     Args:
         rows: token ids, each row of 1 to as many as the model's context.
@@ -108,15 +133,17 @@ def interleaved_logits(
         For each row float32 logits (T, V).
     """
     model = _Interleaved(architecture, rounded(tensors, rounding, hugging_face_name))
-    embedding_VC = model.weight("tok_embeddings")
-    states = [embedding_VC[torch.tensor(row)] for row in rows]
-    if not architecture.tie_word_embeddings:
-        del embedding_VC
+    # Float32 copies of a whole embedding and head would take more memory than all else.
+    embedding_VC = model.tensors["tok_embeddings.weight"].load()
+    states = [embedding_VC[torch.tensor(row)].float() for row in rows]
+    del embedding_VC
     for layer in range(architecture.num_hidden_layers):
         states = model.layer(f"layers.{layer}", states)
-    head_VC = embedding_VC if architecture.tie_word_embeddings else model.weight("output")
     final_C = model.weight("norm")
-    return [model.norm(states_TC, final_C) @ head_VC.T for states_TC in states]
+    normed = [model.norm(states_TC, final_C) for states_TC in states]
+    head_VC = model.tensors["tok_embeddings.weight" if architecture.tie_word_embeddings else "output.weight"].load()
+    parts = [[row_TC @ part_VC.float().T for row_TC in normed] for part_VC in head_VC.split(HEAD_ROWS)]
+    return [torch.cat(row_parts, dim=1) for row_parts in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -135,9 +162,9 @@ class _Interleaved:
     def layer(self, prefix: str, states: list[torch.Tensor]) -> list[torch.Tensor]:
         """The rows after one layer, (T, C) each."""
         norm_C = self.weight(f"{prefix}.attention_norm")
-        projections = [self.weight(f"{prefix}.attention.{name}") for name in ("wq", "wk", "wv", "wo")]
-        states = [row_TC + self._attention(self.norm(row_TC, norm_C), *projections) for row_TC in states]
-        del projections
+        attention = self._attention_weights(f"{prefix}.attention.")
+        states = [row_TC + self._attention(self.norm(row_TC, norm_C), attention) for row_TC in states]
+        del attention
         norm_C = self.weight(f"{prefix}.ffn_norm")
         gate, down, up = (self.weight(f"{prefix}.feed_forward.w{number}") for number in (1, 2, 3))
         normed = [self.norm(row_TC, norm_C) for row_TC in states]
@@ -145,40 +172,76 @@ class _Interleaved:
             row + (silu(inner @ gate.T) * (inner @ up.T)) @ down.T for row, inner in zip(states, normed, strict=True)
         ]
 
-    def _attention(
-        self, normed_TC: torch.Tensor, wq: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor, wo: torch.Tensor
-    ) -> torch.Tensor:
+    def _attention_weights(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Weights and biases of one attention by their names without `prefix`."""
+        return {
+            name.removeprefix(prefix): self.tensors[name].load().float()
+            for name in self.tensors
+            if name.startswith(prefix)
+        }
+
+    def _attention(self, normed_TC: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         sizes, length = self.sizes, len(normed_TC)
+
+        def projected(states: torch.Tensor, name: str) -> torch.Tensor:
+            return linear(states, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
         angles_TF = torch.outer(torch.arange(length).double(), rotary_frequencies(sizes)).float()
         queries_THD, keys_TKD, values_TKD = (
-            (normed_TC @ weight.T).unflatten(1, (-1, sizes.head_dim)) for weight in (wq, wk, wv)
+            projected(normed_TC, name).unflatten(1, (-1, sizes.head_dim)) for name in ("wq", "wk", "wv")
         )
-        queries_THD, keys_TKD = _rotate(queries_THD, angles_TF), _rotate(keys_TKD, angles_TF)
+        if "q_norm.weight" in weights:
+            queries_THD = rms_norm(queries_THD, (sizes.head_dim,), weights["q_norm.weight"], sizes.rms_norm_eps)
+            keys_TKD = rms_norm(keys_TKD, (sizes.head_dim,), weights["k_norm.weight"], sizes.rms_norm_eps)
+        scale = rotary_scale(sizes)
+        queries_THD, keys_TKD = (scale * _rotate(states, angles_TF) for states in (queries_THD, keys_TKD))
         shared = sizes.num_attention_heads // sizes.num_key_value_heads
         keys_THD, values_THD = (states.repeat_interleave(shared, dim=1) for states in (keys_TKD, values_TKD))
         scores_HTT = torch.einsum("qhd,khd->hqk", queries_THD, keys_THD) / math.sqrt(sizes.head_dim)
         future_TT = torch.ones(length, length, dtype=torch.bool).triu(1)
         shares_HTT = scores_HTT.masked_fill(future_TT, -math.inf).softmax(dim=-1)
-        return torch.einsum("hqk,khd->qhd", shares_HTT, values_THD).flatten(1) @ wo.T
+        return projected(torch.einsum("hqk,khd->qhd", shares_HTT, values_THD).flatten(1), "wo")
 
 
 def rotary_frequencies(architecture: LlamaArchitecture) -> torch.Tensor:
-    """Radians a position of each pair, float64 (D / 2,), with Llama 3.1's stretching of long wavelengths.
+    """Radians a position of each pair, float64 (D / 2,), with the long wavelengths stretched as the scaling says.
 
-    Wavelengths above `original context / low_freq_factor` are stretched by `factor`, those below `original context /
-    high_freq_factor` are kept, and between them the two are mixed in proportion to the turns in the original context.
+    `linear` stretches every wavelength by `factor`. The others stretch long ones, keep short ones and mix the two
+    between: `llama3` in proportion to the turns that a pair takes in the original context, `yarn` to the pair's place.
 
-    Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling)
+    Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling),
+        https://arxiv.org/abs/2309.00071 (YaRN)
     Raises:
         UserError: the scaling is of another kind.
     """
     size, rope = architecture.head_dim, architecture.rope_parameters
-    frequencies = float(rope["rope_theta"]) ** (-torch.arange(0, size, 2).double() / size)
+    base = float(rope["rope_theta"])
+    frequencies = base ** (-torch.arange(0, size, 2).double() / size)
     if rope["rope_type"] == "default":
         return frequencies
-    if rope["rope_type"] != "llama3":
-        raise UserError(f"rope_type={rope['rope_type']} is beyond this evaluation, which knows default and llama3")
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif rope["rope_type"] == "yarn":
+
+        def place(turns: float) -> float:
+            """Where the pair stands that takes so many turns in the original context."""
+            context = rope["original_max_position_embeddings"]
+            return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        first, last = max(math.floor(place(YARN_FAST)), 0), min(math.ceil(place(YARN_SLOW)), size - 1)
+        kept = 1 - ((torch.arange(size // 2).double() - first) / max(last - first, 1e-3)).clamp(0, 1)
+    else:
+        raise UserError(
+            f"rope_type={rope['rope_type']} is beyond this evaluation, which knows default, linear, llama3 and yarn"
+        )
     return frequencies * (kept + (1 - kept) / rope["factor"])
+
+
+def rotary_scale(architecture: LlamaArchitecture) -> float:
+    """What rotated queries and keys are multiplied by: 0.1 ln(factor) + 1 for `yarn`, else 1."""
+    rope = architecture.rope_parameters
+    return 0.1 * math.log(rope["factor"]) + 1 if rope["rope_type"] == "yarn" and rope["factor"] > 1 else 1.0

@@ -1,8 +1,8 @@
 """llama2.c's checkpoints: one file of weights and one of tokenizer pieces.
 
-Three versions are read: 0 (float32 after a header of 7 integers, what run.c runs), 1 (float32 after a header of 256
-bytes) and 2 (8-bit integers in groups, what runq.c runs; its norms are float32). Versions 0 and 1 are written. The
-format fixes what its header leaves out: rotary base 10000, RMSNorm epsilon 1e-5, SiLU, no biases.
+Three versions are read and written: 0 (float32 after a header of 7 integers, what run.c runs), 1 (float32 after a
+header of 256 bytes) and 2 (8-bit integers in groups, what runq.c runs; its norms are float32). The format fixes what
+its header leaves out: rotary base 10000, RMSNorm epsilon 1e-5, SiLU, no biases.
 
     checkpoint = read(Path("stories260K.bin"), Path("tok512.bin"))
 
@@ -15,14 +15,16 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from src.checkpoints.architecture import LlamaArchitecture, as_llama
-from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, ReadOptions, WriteOptions
+from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, ReadOptions, Rounding, WriteOptions
 from src.checkpoints.interleaved import from_hugging_face, interleaved_logits, to_hugging_face
 from src.checkpoints.llama2c_tokenizer import read_pieces, write_pieces
+from src.checkpoints.pieces import ScoredPieces
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -35,6 +37,7 @@ NORM_EPS = 1e-5
 _COUNTS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 _NORMS = ("attention_norm", "ffn_norm")
 _LINEAR = (*(f"attention.w{letter}" for letter in "qkvo"), *(f"feed_forward.w{number}" for number in "123"))
+_BLOCK = 2**24  # weights that are written at a time
 _TABLES = ("freqs_cos", "freqs_sin")  # of version 0 only; run.c skips them
 
 
@@ -88,22 +91,43 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
             f"{end}; fetch or export the file again"
         )
     _check_tables(path, stored)
-    tokenizer = options.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{path} has no tokenizer in it; name llama2.c's tokenizer file with --tokenizer FILE.bin")
-    pieces = read_pieces(tokenizer, header.architecture.vocab_size)
+    tokenizer, pieces = tokenizer_of(path, options, header.architecture.vocab_size)
     tensors = {
         name: LazyTensor(place.shape, torch.float32, _loader(path, place))
         for name, place in stored.items()
         if name not in _TABLES
     }
+    return checkpoint_of((path, tokenizer), header.architecture, tensors, pieces)
+
+
+def tokenizer_of(path: Path, options: ReadOptions, vocab_size: int) -> tuple[Path, ScoredPieces]:
+    """The tokenizer's file and what it holds.
+
+    Raises:
+        UserError: none was named, or it is damaged or of another size.
+    """
+    if options.tokenizer is None:
+        raise UserError(f"{path} has no tokenizer in it; name llama2.c's tokenizer file with --tokenizer FILE.bin")
+    return options.tokenizer, read_pieces(options.tokenizer, vocab_size)
+
+
+def checkpoint_of(
+    inputs: tuple[Path, ...], architecture: LlamaArchitecture, tensors: dict[str, LazyTensor], pieces: ScoredPieces
+) -> Checkpoint:
+    """A checkpoint that llama2.c's own files describe.
+
+    Args:
+        tensors: by Meta's names, with rotary pairs side by side.
+    Raises:
+        UserError: the tensors are not those of the architecture.
+    """
     checkpoint = Checkpoint(
-        inputs=(path, tokenizer),
-        architecture=header.architecture,
-        tensors=to_hugging_face(header.architecture, tensors),
+        inputs=inputs,
+        architecture=architecture,
+        tensors=to_hugging_face(architecture, tensors),
         tokenizer=pieces,
         generation=Generation(pieces.bos_id, (pieces.eos_id, pieces.bos_id), pieces.unk_id),
-        logits=functools.partial(interleaved_logits, header.architecture, tensors),
+        logits=functools.partial(interleaved_logits, architecture, tensors),
         encode=pieces.encode,
     )
     checkpoint.check_tensors()
@@ -265,7 +289,7 @@ def _refuse_what_cannot_be_held(checkpoint: Checkpoint) -> None:
 def _write(checkpoint: Checkpoint, folder: Path, version: int) -> None:
     _refuse_what_cannot_be_held(checkpoint)
     sizes = as_llama(checkpoint.architecture, "llama2c")
-    header = _Header(version, sizes, None)
+    header = _Header(version, sizes, group_size(sizes) if version == 2 else None)
     counts = [sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers, sizes.num_attention_heads]
     counts += [sizes.num_key_value_heads, sizes.vocab_size, sizes.max_position_embeddings]
     if version == 0:
@@ -273,16 +297,66 @@ def _write(checkpoint: Checkpoint, folder: Path, version: int) -> None:
         start = struct.pack("<7i", *counts)
     else:
         start = struct.pack("<Ii7iB", MAGIC, version, *counts, sizes.tie_word_embeddings)
+        start += b"" if header.group is None else struct.pack("<i", header.group)
     tables = _rotary_tables(sizes) if version == 0 else {}
     write_pieces(checkpoint.tokenizer, folder / "tokenizer.bin", sizes.vocab_size)
     with open(folder / "model.bin", "wb") as file:
         file.write(start.ljust(HEADER_BYTES[version], b"\0"))
-        for name, _ in _layout(header):
+        for name, shape in _layout(header):
             if name in tables:
-                values = tables[name]
+                file.write(np.ascontiguousarray(tables[name], "<f4").data)
+            elif header.group is not None and len(shape) == 2:
+                _write_groups(file, from_hugging_face(sizes, name, checkpoint.tensors), header.group)
             else:
-                values = from_hugging_face(sizes, name, checkpoint.tensors).float().numpy()
-            file.write(np.ascontiguousarray(values, "<f4").data)
+                for block in _blocks(from_hugging_face(sizes, name, checkpoint.tensors)):
+                    file.write(np.ascontiguousarray(block.float().numpy(), "<f4").data)
+
+
+def _blocks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor's rows in blocks of about `_BLOCK` weights, so that little of a large one is in memory as float32."""
+    return iter(weight.split(max(1, _BLOCK // math.prod(weight.shape[1:]))))
+
+
+def _write_groups(file: BinaryIO, weight: torch.Tensor, group: int) -> None:
+    """The integers of a whole tensor, then its scales."""
+    scales = []
+    for block in _blocks(weight):
+        integers, of_block = quantized(block, group)
+        file.write(integers.numpy().data)
+        scales.append(of_block)
+    file.write(np.ascontiguousarray(torch.cat(scales).numpy(), "<f4").data)
+
+
+def quantized(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a tensor as llama2.c's export.py does.
+
+    Args:
+        group: neighbouring weights that share a scale; it divides their number.
+    Returns:
+        int8 (groups, group) in -127..127, and float32 scales (groups,): the largest magnitude over 127. A group of
+        zeros has scale 0.
+    """
+    groups = weight.float().reshape(-1, group)
+    scales = groups.abs().amax(dim=1) / 127.0
+    shares = groups / torch.where(scales > 0, scales, 1.0)[:, None]
+    return shares.round().to(torch.int8), scales
+
+
+def group_size(sizes: LlamaArchitecture) -> int:
+    """The largest of 64, 32, 16 ... that divides the rows of every matrix.
+
+    export.py looks at `dim` alone; where `hidden_dim` is no multiple of its choice, groups cross the ends of rows, and
+    runq.c, which multiplies whole groups of a row, leaves the last weights of each out.
+    """
+    return math.gcd(64, sizes.hidden_size, sizes.intermediate_size)
+
+
+def _as_groups(group: int, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What version 2 keeps of a tensor. Reordering whole rows moves no weight to another group."""
+    if tensor.dim() == 1:
+        return tensor
+    integers, scales = quantized(tensor, group)
+    return (integers.float() * scales[:, None]).reshape(tensor.shape)
 
 
 def write_version_0(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> None:
@@ -299,6 +373,12 @@ def write_version_1(checkpoint: Checkpoint, folder: Path, options: WriteOptions)
     _write(checkpoint, folder, 1)
 
 
+def write_version_2(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> Rounding:
+    """Write `model.bin` in version 2 with int8 weights, and `tokenizer.bin`, as `write_version_0` does."""
+    _write(checkpoint, folder, 2)
+    return functools.partial(_as_groups, group_size(as_llama(checkpoint.architecture, "llama2c")))
+
+
 def read_back(folder: Path) -> Checkpoint:
-    """Read what `write_version_0` or `write_version_1` wrote."""
+    """Read what `write_version_0`, `write_version_1` or `write_version_2` wrote."""
     return read(folder / "model.bin", ReadOptions(folder / "tokenizer.bin"))

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from src.checkpoints.checkpoint import TokenizerFiles
-from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_tokenizer, repeated_pieces
+from src.checkpoints.characters import Characters
+from src.checkpoints.checkpoint import AnyTokenizer, MadeTokenizer, TokenizerFiles
+from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_content, pieces_of_tokenizer, repeated_pieces
+from src.checkpoints.tiktoken_ranks import TiktokenRanks
 from utils.errors import UserError
 
 _CONTROLS = ("<unk>", "<s>", "</s>")
@@ -73,7 +75,7 @@ def _checked(path: Path, pieces: list[str], scores: list[float]) -> ScoredPieces
     return ScoredPieces(tuple(pieces), tuple(scores), 0, 1, 2, _FIRST_BYTE)
 
 
-def write_pieces(tokenizer: ScoredPieces | TokenizerFiles, path: Path, vocab_size: int) -> None:
+def write_pieces(tokenizer: AnyTokenizer, path: Path, vocab_size: int) -> None:
     """Write a tokenizer as llama2.c's file.
 
     Raises:
@@ -81,6 +83,14 @@ def write_pieces(tokenizer: ScoredPieces | TokenizerFiles, path: Path, vocab_siz
     """
     if isinstance(tokenizer, TokenizerFiles):
         tokenizer = pieces_of_tokenizer(tokenizer.tokenizer_json)
+    elif isinstance(tokenizer, MadeTokenizer):
+        tokenizer = pieces_of_content("the tokenizer", tokenizer.tokenizer_json)
+    if isinstance(tokenizer, TiktokenRanks):
+        raise UserError(
+            "tokenizer=ranks of byte strings cannot be held by llama2c, which has pieces; choose another --to"
+        )
+    if isinstance(tokenizer, Characters):
+        raise UserError("the tokenizer cuts texts into characters, which llama2.c does not; choose another --to")
     if len(tokenizer.pieces) != vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer.pieces)} pieces and the model vocab_size={vocab_size}, which llama2.c "

@@ -11,7 +11,7 @@ Source: SentencePiece, https://github.com/google/sentencepiece/blob/v0.2.0/src/b
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,11 @@ def pieces_of_tokenizer(path: Path) -> ScoredPieces:
     Raises:
         UserError: a part of the tokenizer is beyond scored pieces; the part is named.
     """
-    content = read_json_object(path)
+    return pieces_of_content(str(path), read_json_object(path))
+
+
+def pieces_of_content(path: str, content: Mapping[str, Any]) -> ScoredPieces:
+    """`pieces_of_tokenizer` of what a `tokenizer.json` holds; `path` names it in messages."""
     model = content["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise UserError(
@@ -149,7 +153,7 @@ def pieces_of_tokenizer(path: Path) -> ScoredPieces:
     return found
 
 
-def _refuse_other_steps(path: Path, content: dict[str, Any]) -> None:
+def _refuse_other_steps(path: str, content: Mapping[str, Any]) -> None:
     """Compare the steps around the model with those that put a space in front and mark spaces."""
     expected = json.loads(_normalizer().__getstate__())
     for part, wanted in (("normalizer", expected), ("pre_tokenizer", None)):

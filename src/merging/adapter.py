@@ -103,7 +103,7 @@ def read_adapter(path: Path, options: AdapterOptions) -> AdapterFolder:
     base = options.base or _base_folder(folder, named, config.revision)
     if "quantization_config" in read_json_object(base / "config.json"):
         raise UserError(
-            f"the base {base} is stored quantized; give the checkpoint that it was quantized from with --base, and its "
+            f"the base {base} is stored quantized; give the checkpoint that it was quantized from with --base-model, and its "
             "format with --base-quantization, or keep the adapter beside it"
         )
     known = {name: model[name] for name in ("dtype", "trust_remote_code") if name in model}
@@ -175,7 +175,7 @@ def _quantization(folder: Path, model: dict[str, Any], options: AdapterOptions) 
 def _base_folder(folder: Path, named: str | None, revision: str | None) -> Path:
     """The folder of the base, which is fetched where it is on the Hub."""
     if named is None:
-        raise UserError(f"{folder / CONFIG} names no base; give its folder with --base")
+        raise UserError(f"{folder / CONFIG} names no base; give its folder with --base-model")
     if Path(named).is_dir():
         return Path(named)
     try:
@@ -185,7 +185,7 @@ def _base_folder(folder: Path, named: str | None, revision: str | None) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{folder / CONFIG} names the base {named}, which is no folder here and could not be fetched "
-            f"({' '.join(str(error).split())[:200]}); give its folder with --base"
+            f"({' '.join(str(error).split())[:200]}); give its folder with --base-model"
         ) from error
 
 

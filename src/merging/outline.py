@@ -180,7 +180,7 @@ def with_adapter(
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(
             f"{adapter.path}, an adapter of {adapter.named_base}, does not fit the base {adapter.base} "
-            f"({' '.join(str(error).split())[:300]}); give its own base with --base"
+            f"({' '.join(str(error).split())[:300]}); give its own base with --base-model"
         ) from error
     of_base = {
         name: own
@@ -208,12 +208,12 @@ def _check_shapes(
         )
         raise UserError(
             f"{adapter.weights} is not what adapter_config.json describes for the base {adapter.base}: of its tensors "
-            f"it {which}. The adapter names {adapter.named_base} as its base; fetch it again, or give that with --base"
+            f"it {which}. The adapter names {adapter.named_base} as its base; fetch it again, or give that with --base-model"
         )
     for name, shape in expected.items():
         if found[name] != shape:
             raise UserError(
                 f"{adapter.weights}: {name} has shape {found[name]}, while adapter_config.json and the base "
                 f"{adapter.base} ask for {shape}. The adapter names {adapter.named_base} as its base; give that with "
-                "--base, or the adapter's own adapter_config.json"
+                "--base-model, or the adapter's own adapter_config.json"
             )

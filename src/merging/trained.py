@@ -61,8 +61,9 @@ def open_trained(adapter: AdapterFolder) -> Trained:
     Raises:
         UserError: the base is not the adapter's, or a file is missing or damaged.
     """
-    tokenizer_folder = adapter.path if (adapter.path / "tokenizer.json").is_file() else adapter.base
-    checkpoint = hf.read(adapter.base, ReadOptions(tokenizer=tokenizer_folder))
+    folders = [folder for folder in (adapter.base, adapter.path) if (folder / "tokenizer.json").is_file()]
+    checkpoint = hf.read(adapter.base, ReadOptions(tokenizer=folders[0] if folders else None))
+    tokenizer_folder = folders[-1]
     settings = _settings(adapter)
     outline = Outline(settings, adapter)
     stored, renamed = _by_module(checkpoint, outline, adapter)
@@ -78,6 +79,8 @@ def open_trained(adapter: AdapterFolder) -> Trained:
             inputs=(*checkpoint.inputs, *adapter.files),
             architecture=architecture,
             tensors=merged,
+            tokenizer=hf.tokenizer_files(tokenizer_folder),
+            encode=hf.tokenization(tokenizer_folder),
             generation=_generation(checkpoint, outline, tokenizer, adapter),
         ),
         base={
@@ -134,7 +137,7 @@ def _by_module(checkpoint: Checkpoint, outline: Outline, adapter: AdapterFolder)
             found = f"has shape {stored[name].shape}" if name in stored else "is missing"
             raise UserError(
                 f"{adapter.base}: {name} {found}, while its config.json asks for {outline.shape_of(name)}; give a "
-                "complete base with --base"
+                "complete base with --base-model"
             )
     return stored, renamed
 
@@ -272,5 +275,5 @@ def _check_vocabulary(adapter: AdapterFolder, settings: PreTrainedConfig, tokeni
         raise UserError(
             f"the tokenizer of {adapter.path} gives ids up to {needed - 1}, but the base {adapter.base} has embeddings "
             f"for {rows} tokens and {adapter.weights} holds none for the others; save the adapter again with its "
-            "embeddings, or give its own base with --base"
+            "embeddings, or give its own base with --base-model"
         )
