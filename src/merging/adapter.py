@@ -103,8 +103,8 @@ def read_adapter(path: Path, options: AdapterOptions) -> AdapterFolder:
     base = options.base or _base_folder(folder, named, config.revision)
     if "quantization_config" in read_json_object(base / "config.json"):
         raise UserError(
-            f"the base {base} is stored quantized; give the checkpoint that it was quantized from with --base-model, and its "
-            "format with --base-quantization, or keep the adapter beside it"
+            f"the base {base} is stored quantized; give the checkpoint that it was quantized from with "
+            "--base-model, and its format with --base-quantization, or keep the adapter beside it"
         )
     known = {name: model[name] for name in ("dtype", "trust_remote_code") if name in model}
     return AdapterFolder(

@@ -208,7 +208,8 @@ def _check_shapes(
         )
         raise UserError(
             f"{adapter.weights} is not what adapter_config.json describes for the base {adapter.base}: of its tensors "
-            f"it {which}. The adapter names {adapter.named_base} as its base; fetch it again, or give that with --base-model"
+            f"it {which}. The adapter names {adapter.named_base} as its base; fetch it again, or give that with "
+            "--base-model"
         )
     for name, shape in expected.items():
         if found[name] != shape:
