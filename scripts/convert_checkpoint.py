@@ -89,7 +89,8 @@ def _check_merging(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         "chat_template": "--chat-template",
     }
     others = of_conversion if arguments.merge else of_merge
-    given = [option for name, option in others.items() if getattr(arguments, name) != parser.get_default(name)]
+    left_out = parser.parse_args(["path", "output"])
+    given = [option for name, option in others.items() if getattr(arguments, name) != getattr(left_out, name)]
     if given:
         parser.error(f"{', '.join(given)} may not be given {'with' if arguments.merge else 'without'} --merge")
     if not arguments.merge and arguments.target is None:

@@ -60,6 +60,8 @@ def merge(path: Path, output: Path, options: MergeOptions | None = None) -> dict
     options = options or MergeOptions()
     if output.exists():
         raise UserError(f"{output} exists; name a folder that does not, or remove it first")
+    if options.dtype is not None and options.dtype not in hf.DTYPES:
+        raise UserError(f"--dtype {options.dtype} is not for --merge; it is one of {', '.join(hf.DTYPES)}")
     adapter = read_adapter(path, options.adapter)
     trained = open_trained(adapter)
     if trained.unties:
