@@ -24,7 +24,8 @@ from src.checkpoints.checkpoint import LazyTensor
 from src.merging.adapter import AdapterFolder
 from utils.errors import UserError
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What PEFT puts before the base's names."""
 
 
 class Outline:

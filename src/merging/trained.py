@@ -15,7 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from src.checkpoints import hf
 from src.checkpoints.architecture import Architecture, LlamaArchitecture
@@ -23,7 +31,7 @@ from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, ReadO
 from src.checkpoints.evaluation import evaluate_rows
 from src.generation import set_stops
 from src.merging.adapter import AdapterFolder
-from src.merging.outline import Outline, with_adapter
+from src.merging.outline import PREFIX, Outline, with_adapter
 from src.merging.renamed import module_tensors
 from src.model import load_model, vocabulary_size
 from utils.errors import UserError
@@ -101,13 +109,13 @@ def open_trained(adapter: AdapterFolder) -> Trained:
 def _settings(adapter: AdapterFolder) -> PreTrainedConfig:
     """The base's config, with the vocabulary that the adapter was saved with: its file holds grown embeddings whole."""
     settings = AutoConfig.from_pretrained(adapter.base, local_files_only=True)
-    text = settings.get_text_config()
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(settings)
+    embedding = next(name for name, part in model.named_modules() if part is model.get_input_embeddings())
     found = adapter.shapes()
-    endings = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "lm_head")
-    names = {f"{ending}.{part}weight" for ending in endings for part in ("", "base_layer.")}
-    rows = {shape[0] for name, shape in found.items() if any(name.endswith(f".{own}") for own in names)}
-    if len(rows) == 1:
-        text.vocab_size = rows.pop()
+    for wrapped in ("", ".base_layer", ".token_adapter.base_layer"):
+        if shape := found.get(f"{PREFIX}{embedding}{wrapped}.weight"):
+            settings.get_text_config().vocab_size = shape[0]
     return settings
 
 
