@@ -215,7 +215,7 @@ class _Quantized:
     def logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True) -> list[torch.Tensor]:
         """As `Trained.logits`."""
         with contextlib.nullcontext() if adapter else self._model.disable_adapter():
-            return evaluate_rows(self._model, rows)
+            return evaluate_rows(self._model, rows, self._model.device)
 
 
 def _merged_tensors(
