@@ -9,7 +9,7 @@ weights, and the sum is not quantized again, which would wipe out most of a chan
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,7 +81,7 @@ def merge(path: Path, output: Path, options: MergeOptions | None = None) -> dict
         file=options.rows,
     )
     with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as beside:
-        inputs = beside.submit(lambda: {str(file): sha256_of_file(file) for file in trained.checkpoint.inputs})
+        inputs = beside.submit(_digests, trained.checkpoint.inputs)
         with stored(trained, output.parent, dtype) as source:
             rounding = hf.write(source, folder, WriteOptions(dtype=dtype, shard_bytes=options.shard_bytes))
             written = sorted(file for file in folder.iterdir() if file.is_file())
@@ -150,6 +150,11 @@ def choose_dtype(trained: Trained, adapter: AdapterFolder, asked: str | None) ->
     if kept.least_cosine >= LEAST_COSINE:
         return name, told
     return "float32", f"{told}, and {LEAST_COSINE} is needed"
+
+
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 by folder and file name, as the base and the adapter have files of the same names."""
+    return {f"{file.parent.name}/{file.name}": sha256_of_file(file) for file in files}
 
 
 def _tokenizer_folder(trained: Trained) -> Path:

@@ -81,13 +81,14 @@ def open_trained(adapter: AdapterFolder) -> Trained:
     architecture = _architecture(checkpoint.architecture, settings, unties)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     _check_vocabulary(adapter, settings, tokenizer)
+    files = hf.tokenizer_files(tokenizer_folder)
     return Trained(
         checkpoint=replace(
             checkpoint,
-            inputs=(*checkpoint.inputs, *adapter.files),
+            inputs=tuple(dict.fromkeys((*checkpoint.inputs, *adapter.files, *files.paths))),
             architecture=architecture,
             tensors=merged,
-            tokenizer=hf.tokenizer_files(tokenizer_folder),
+            tokenizer=files,
             encode=hf.tokenization(tokenizer_folder),
             generation=_generation(checkpoint, outline, tokenizer, adapter),
         ),
