@@ -45,16 +45,22 @@ def evaluation(folder: Path, tensors: Mapping[str, LazyTensor]) -> Logits:
             model = _whole(folder)
             for name, weight in model.named_parameters():
                 weight.copy_(rounding(name, weight))
-        return _logits(model, rows)
+        return evaluate_rows(model, rows)
 
     return logits
 
 
-def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Rows are evaluated together; what stands behind the end of a shorter one is never seen by it."""
+def evaluate_rows(
+    model: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch.device | None = None
+) -> list[torch.Tensor]:
+    """A causal language model's logits for rows of token ids, (tokens, vocabulary) each, on the CPU.
+
+    Rows are evaluated together; what stands behind the end of a shorter one is never seen by it.
+    """
     longest = max(map(len, rows))
-    together = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
-    return [found[: len(row)] for found, row in zip(model(together, use_cache=False).logits, rows, strict=True)]
+    together = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=device)
+    logits = model(together, use_cache=False).logits.cpu()
+    return [found[: len(row)] for found, row in zip(logits, rows, strict=True)]
 
 
 def _whole(folder: Path) -> PreTrainedModel:

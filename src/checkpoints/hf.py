@@ -86,7 +86,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         architecture=architecture,
         tensors=tensors,
         tokenizer=tokenizer,
-        generation=_read_generation(path),
+        generation=read_generation(path),
         logits=evaluation(path, tensors),
         encode=tokenization(folder),
         characters=only_characters(backend),
@@ -218,7 +218,8 @@ def _lazy(file: Path, name: str, piece: "safe_open") -> LazyTensor:
     return LazyTensor(tuple(piece.get_shape()), piece[:0].dtype, load)
 
 
-def _read_generation(path: Path) -> Generation:
+def read_generation(path: Path) -> Generation:
+    """What a folder's generation_config.json says, or where there is none, its config.json."""
     if (path / "generation_config.json").is_file():
         settings = GenerationConfig.from_pretrained(path)
     else:
