@@ -1,4 +1,4 @@
-"""What a model card says of an adapter: its method, and the lines that load what it needs.
+"""What a model card says of what trained: weights or an adapter's method, and the lines that load what it needs.
 
 method_text(config["adapter"], adapter_config_json)     # "LoRA of rank 16, alpha 32.0 (scale alpha / rank), ..."
 beside_lines(["me/first"], launched_in)                 # Python for after `model` is loaded
@@ -47,6 +47,20 @@ def method_text(adapter: dict[str, Any], settings: dict[str, Any]) -> str:
     if tokens := adapter.get("trainable_tokens"):
         text += f"; rows of the tokens {', '.join(tokens)}"
     return text
+
+
+def weights_text(freeze: dict[str, Any], *, qat: str) -> str:
+    """Which of the model's own weights trained, in a line.
+
+    Args:
+        freeze: the run's config of that.
+        qat: rounding that they were trained for.
+    """
+    last = freeze.get("last_layers")
+    parts = [f"the last {last} layers"] * bool(last) + list(freeze.get("train", ()))
+    text = f"of the weights, {', '.join(parts)} train" if parts else "every weight trains"
+    text += f", but not {', '.join(freeze['frozen'])}" if freeze.get("frozen") else ""
+    return text + (f"; weights are rounded ({qat}), and need torchao to load" if qat != "none" else "")
 
 
 def beside_lines(paths: Sequence[str], launched_in: Path) -> list[str]:

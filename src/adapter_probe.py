@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from config.schema import AdapterConfig, ModelConfig
 from src.adapter_methods import peft_fields
 from src.adapters import add_adapter
-from src.model import load_model, vocabulary_size
+from src.chat_setup import vocabulary_size
+from src.model import load_model
 from utils.distributed import accelerator_name
 from utils.errors import UserError
 

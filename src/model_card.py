@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from config.architectures import expanded
-from src.adapter_card import beside_lines, method_name, method_text
+from src.adapter_card import beside_lines, method_name, method_text, weights_text
 from utils.hub import is_hub_id, launch_folder
 from utils.redaction import public_record
 
@@ -305,12 +305,7 @@ def _training(run: _Run) -> str:
 
 def _method(run: _Run) -> str:
     if run.get("adapter.kind", "none") == "none":
-        last = run.get("freeze.last_layers")
-        parts = [f"the last {last} layers"] * bool(last) + list(run.get("freeze.train", ()))
-        text = f"of the weights, {', '.join(parts)} train" if parts else "every weight trains"
-        text += f", but not {', '.join(run.get('freeze.frozen'))}" if run.get("freeze.frozen") else ""
-        qat = run.get("model.qat", "none")
-        return text + (f"; weights are rounded ({qat}), and need torchao to load" if qat != "none" else "")
+        return weights_text(run.get("freeze", {}), qat=run.get("model.qat", "none"))
     text = method_text(run.get("adapter"), run.adapter_settings)
     if (quantization := run.get("model.quantization", "none")) != "none":
         text += f"; the frozen weights were held in {quantization}"

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
 
 from src.batches import PackFeed, Packs
 from src.streaming import StreamFeed
@@ -98,6 +101,30 @@ class ReadySteps(IterableDataset):
         if self.pins:
             counts, batches = counts.pin_memory(), [_pinned(batch) for batch in batches]
         return ReadyStep(batches, counted, counts, mark)
+
+
+class FeedPlace(TrainerCallback):
+    """Starts the feed at the number of steps taken, which a resumed run knows exactly, and keeps the state's epoch.
+
+    The feed is one long epoch to Trainer, which cannot know that epochs differ in their number of steps.
+    """
+
+    def __init__(self, feed: Callable[[], PackFeed | StreamFeed]) -> None:
+        """
+        Args:
+            feed: tells the run's feed, which is made when training begins.
+        """
+        self.feed = feed
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go to where the run stands."""
+        self.feed().go_to(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the epoch as the feed counts it."""
+        state.epoch = self.feed().epoch_at(state.global_step)
 
 
 def _pinned(batch: Batch) -> Batch:

@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import TrainingArguments
 
 from config.schema import OptimConfig
@@ -36,7 +36,7 @@ from src.loss import SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
-from src.steps import Batch, ReadyStep, ReadySteps
+from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter
 from utils.errors import UserError
@@ -52,24 +52,6 @@ STREAM = "stream.json"
 def _whole(step: ReadyStep) -> ReadyStep:
     """A step as it was made ready: what torch's DataLoader would collate is collated."""
     return step
-
-
-class _FeedPlace(TrainerCallback):
-    """Starts the feed at the number of steps taken, which a resumed run knows exactly, and keeps the state's epoch.
-
-    The feed is one long epoch to Trainer, which cannot know that epochs differ in their number of steps.
-    """
-
-    def __init__(self, trainer: "SFTTrainer") -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.feed.go_to(state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        state.epoch = self.trainer.feed.epoch_at(state.global_step)
 
 
 def _token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
@@ -150,7 +132,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         )
         self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
         self._ready: ReadySteps | None = None  # reads the feed ahead of that
-        self.add_callback(_FeedPlace(self))
+        self.add_callback(FeedPlace(lambda: self.feed))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # supervised, all; since the last log
         self._tokens_unseen = torch.zeros((), dtype=torch.int64, device=args.device)  # of which the state knows nothing

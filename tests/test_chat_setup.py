@@ -182,7 +182,7 @@ def test_an_adapter_that_could_never_say_the_new_stop_token_is_refused(tmp_path,
     check_stop_trains(model, tokenizer, known, AdapterConfig(kind="lora"))
     check_stop_trains(model, tokenizer, known, AdapterConfig())
     check_stop_trains(model, tokenizer, len(tokenizer), AdapterConfig(kind="lora"))
-    embeddings = AdapterConfig(kind="lora", modules_to_save=("embed_tokens",))
+    embeddings = AdapterConfig(kind="oft", modules_to_save=("embed_tokens",))
     if tied:
         check_stop_trains(model, tokenizer, known, embeddings)
     else:

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from src.chat_setup import vocabulary_size
 from src.checkpoints import hf
 from src.checkpoints.architecture import Architecture, LlamaArchitecture
 from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, ReadOptions, rounded
@@ -33,7 +34,7 @@ from src.generation import set_stops
 from src.merging.adapter import AdapterFolder
 from src.merging.outline import PREFIX, Outline, with_adapter
 from src.merging.renamed import module_tensors
-from src.model import load_model, vocabulary_size
+from src.model import load_model
 from utils.errors import UserError
 from utils.logging import get_logger
 
