@@ -36,14 +36,14 @@ def _facts_of(setting: Setting, short: bool, unique: bool) -> Iterator[Fact]:
         names += (setting.name,)
     yield Fact("meaning of a setting", names, wordings.SETTING_MEANING, setting.meaning)
     if unique:
-        yield Fact("search for a setting", (setting.meaning,), wordings.SETTING_SEARCH, f"That is {path}.")
+        yield Fact("search for a setting", (setting.meaning,), wordings.SETTING_SEARCH, f"That is {path}.", asks=7)
     if short:
         answer = f"The section of {setting.name} is {setting.section}."
-        yield Fact("section of a setting", (setting.name,), wordings.SETTING_SECTION, answer, asks=6)
+        yield Fact("section of a setting", (setting.name,), wordings.SETTING_SECTION, answer, asks=5)
     answer = f"The default of {path} is {setting.default}."
-    yield Fact("default of a setting", names, wordings.SETTING_DEFAULT, answer)
+    yield Fact("default of a setting", names, wordings.SETTING_DEFAULT, answer, asks=7)
     answer = f"The type of {path} is {setting.type_words}."
-    yield Fact("type of a setting", names, wordings.SETTING_TYPE, answer, asks=6)
+    yield Fact("type of a setting", names, wordings.SETTING_TYPE, answer, asks=5)
     if setting.limits:
         yield Fact("range of a setting", names, wordings.SETTING_RANGE, f"The range of {path} is {setting.limits}.")
     if setting.choices:
