@@ -26,7 +26,7 @@ $(VENV)/.base: requirements/base.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements/base.txt
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt requirements/convert.txt requirements/quantization.txt $(VENV)/.base
+$(VENV)/.dev: requirements/dev.txt requirements/convert.txt $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
 	@touch $@
 

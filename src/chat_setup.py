@@ -110,12 +110,6 @@ def grow_embeddings(
     needed, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if needed <= rows:
         return
-    if not trains_all:
-        log.warning(
-            "the adapter will hold the grown embeddings whole, and the new rows do not train unless "
-            "adapter.modules_to_save names them; to avoid both, name special tokens that the tokenizer has in "
-            "model.special_tokens"
-        )
     multiple = ROWS_MULTIPLE if trains_all and becomes_chat else None
     model.resize_token_embeddings(needed, pad_to_multiple_of=multiple, mean_resizing=True)
     grown = model.get_input_embeddings().weight.shape[0]
@@ -144,11 +138,12 @@ def check_stop_trains(
     patterns = (*adapter.modules_to_save, *adapter.target_modules)
     if any(head == pattern or head.endswith(f".{pattern}") for head in heads for pattern in patterns):
         return
+    added = "" if len(heads) > 1 else f"Add --adapter.modules_to_save {_endings(model)}, or "
     raise UserError(
         f"{tokenizer.eos_token}, which ends the turns, is new to the checkpoint, and adapter.kind={adapter.kind} does "
-        f"not train its row: the model could never say it. Add --adapter.modules_to_save {_endings(model)}, train all "
-        "weights with adapter.kind=none, or name a token that the tokenizer has in model.special_tokens and a template "
-        "that writes it"
+        f"not train its row: the model could never say it. {added or 'Either '}use adapter.kind=lora, which trains the "
+        "rows of new tokens, train all weights with adapter.kind=none, or name a token that the tokenizer has in "
+        "model.special_tokens and a template that writes it"
     )
 
 

@@ -65,9 +65,9 @@ def train_family(folder, **sections):
     """Three steps of `train.py`: the run's directory, and the logits of the trained model as it stood in memory."""
     in_memory, export = [], Run.export
 
-    def keep(run, trainer):
+    def keep(run, trainer, *given, **named):
         in_memory.append(logits_of(trainer.model))
-        export(run, trainer)
+        export(run, trainer, *given, **named)
 
     recipe = write_recipe(
         folder, training={"max_steps": 3, "accumulation_steps": 2, "save_every_steps": None}, **sections

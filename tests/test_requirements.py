@@ -41,7 +41,7 @@ def test_the_base_is_at_most_45_packages_beyond_torch():
     assert len(beyond) <= MOST_PACKAGES, sorted(beyond)
 
 
-@pytest.mark.parametrize("name", ["base.txt", "convert.txt", "quantization.txt", "dev.txt"])
+@pytest.mark.parametrize("name", ["base.txt", "convert.txt", "dev.txt"])
 def test_installed_versions_are_in_the_tested_ranges(name):
     outside = [
         f"{requirement} has {metadata.version(requirement.name)}"

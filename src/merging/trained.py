@@ -118,7 +118,39 @@ def _settings(adapter: AdapterFolder) -> PreTrainedConfig:
     for wrapped in ("", ".base_layer", ".token_adapter.base_layer"):
         if shape := found.get(f"{PREFIX}{embedding}{wrapped}.weight"):
             settings.get_text_config().vocab_size = shape[0]
+    text = settings.get_text_config()
+    text.vocab_size = max([text.vocab_size, *(row + 1 for row in _token_rows(adapter))])
     return settings
+
+
+def _token_rows(adapter: AdapterFolder) -> set[int]:
+    """Rows of the embeddings that the adapter holds, each whole."""
+    rows = getattr(adapter.config, "trainable_token_indices", None) or []
+    return {row for each in (rows.values() if isinstance(rows, dict) else [rows]) for row in each}
+
+
+def _grown(tensors: dict[str, LazyTensor], outline: Outline, adapter: AdapterFolder) -> dict[str, LazyTensor]:
+    """The base's tensors, of which embeddings and head have the rows that the adapter's own tokens stand in."""
+    held = _token_rows(adapter)
+
+    def longer(name: str, tensor: LazyTensor) -> LazyTensor:
+        rows = outline.shape_of(name)[0]
+
+        def load() -> torch.Tensor:
+            weight = tensor.load()
+            # The adapter holds these rows whole, so it does not matter what stands there.
+            return torch.cat([weight, weight.new_zeros(rows - len(weight), *weight.shape[1:])])
+
+        return replace(tensor, shape=(rows, *tensor.shape[1:]), load=load)
+
+    own = {
+        name
+        for name in tensors.keys() & outline.names.keys()
+        if tensors[name].shape
+        if (missing := set(range(*(shape[0] for shape in (tensors[name].shape, outline.shape_of(name))))))
+        and missing <= held
+    }
+    return {name: longer(name, tensor) if name in own else tensor for name, tensor in tensors.items()}
 
 
 def _by_module(checkpoint: Checkpoint, outline: Outline, adapter: AdapterFolder) -> tuple[dict[str, LazyTensor], bool]:
@@ -142,6 +174,7 @@ def _by_module(checkpoint: Checkpoint, outline: Outline, adapter: AdapterFolder)
         }
     for name, tensor in outline.whole.items():
         stored[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+    stored = _grown(stored, outline, adapter)
     for name in outline.sources.values():
         if name not in stored or stored[name].shape != outline.shape_of(name):
             found = f"has shape {stored[name].shape}" if name in stored else "is missing"
