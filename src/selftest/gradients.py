@@ -12,10 +12,12 @@ from transformers import utils as transformers_utils
 
 from config.schema import OptimConfig, TrainingConfig
 from src.attention import DOCUMENTS
+from src.chunked_loss import LogitTransform, Objective, chunked_loss, token_losses
 from src.loss import SupervisedLoss
 from src.packing import PackedRows
 from src.selftest.subjects import (
     PACK_TOKENS,
+    VOCABULARY,
     batch_of,
     gradient_of,
     reference,
@@ -27,6 +29,7 @@ from src.selftest.subjects import (
     weights_of,
 )
 from src.selftest.verdict import FLOAT32, SelftestError, Verdict, judge
+from utils.distributed import accelerator_name
 
 HALF = 0.05
 """Relative difference of bfloat16 gradients from float32's: some ten roundings of 2^-8."""
@@ -107,7 +110,7 @@ def loss() -> Verdict:
 
 def chunks() -> Verdict:
     """The loss in chunks, fused with the head, is that of logits stored whole."""
-    rows, worst = uneven_rows(8), 0.0
+    rows, worst = uneven_rows(8), _chunks_of_few_rows()
     packs = PackedRows(rows, max_length=PACK_TOKENS, packing=True)
     for tied in (False, True):
         model = tiny_model(tied=tied)
@@ -129,6 +132,21 @@ def chunks() -> Verdict:
         meaning="Batches of a large vocabulary train on another loss than small ones; install torch as "
         "requirements/base.txt has it, and look for changes in src/chunked_loss.py",
     )
+
+
+def _chunks_of_few_rows() -> float:
+    """The largest difference of a head's loss and gradients in several chunks: a tiny batch alone would be one."""
+    generator, worst, capped = torch.Generator().manual_seed(0), 0.0, LogitTransform(scale=0.5, softcap=5.0)
+    for objective in (Objective(), Objective(label_smoothing=0.1, z_loss=1e-3, transform=capped)):
+        head = torch.nn.Linear(32, VOCABULARY, device=accelerator_name())
+        hidden_TH = torch.randn(70, 32, generator=generator).to(head.weight).requires_grad_()
+        targets_T = torch.randint(VOCABULARY, (70,), generator=generator).to(hidden_TH.device)
+        found, _ = chunked_loss(head, hidden_TH, targets_T, objective, vocabulary=VOCABULARY, rows=16)
+        expected = token_losses(head(hidden_TH), targets_T, objective)[0].sum()
+        inputs = (hidden_TH, head.weight, head.bias)
+        pairs = zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True)
+        worst = max(worst, relative(found[None], expected[None]), *(relative(*pair) for pair in pairs))
+    return worst
 
 
 def attention() -> Verdict:

@@ -66,7 +66,7 @@ def save(folder: Path) -> Verdict:
         run.export(trainer)
         loaded = AutoModelForCausalLM.from_pretrained(run.path / "model", dtype=torch.float32).to(model.device)
         loaded.set_attn_implementation(model.config._attn_implementation)
-        worst = max(worst, (_logits(loaded) - _logits(model)).abs().max().item())
+        worst = max(worst, relative(_logits(loaded), _logits(model)))
     return judge(
         "save",
         worst,
@@ -94,9 +94,10 @@ def resume(folder: Path) -> Verdict:
         trainer = trainer_of(folder / name, model, uneven_rows(16), optim, training)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         models.append(weights_of(model))
-        rates.append([line["learning_rate"] for line in trainer.state.log_history if "loss" in line])
+        rates.append([f"{line['learning_rate']:.3g}" for line in trainer.state.log_history if "loss" in line])
     straight, resumed = models
-    told = "" if rates[0] == rates[1] else f" (learning rates {rates[0][STOP:]} became {rates[1][STOP:]})"
+    before, after = (", ".join(each[STOP:]) for each in rates)
+    told = "" if before == after else f" (learning rates {before} became {after})"
     exact = not torch.accelerator.is_available()
     return judge(
         "resume",

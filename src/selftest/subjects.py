@@ -8,6 +8,7 @@ Shapes: T supervised tokens of a row, V tokens in the vocabulary, P numbers that
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def tiny_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=64,  # which every attention kernel takes
         max_position_embeddings=128,
         initializer_range=0.2,
         tie_word_embeddings=tied,
@@ -137,9 +139,10 @@ def weights_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference as a share of what is expected; infinite where nothing is."""
+    """The norm of the difference as a share of what is expected; infinite where that is nothing, or either no number."""
     size = expected.norm().item()
-    return ((found - expected).norm().item() / size) if size else float("inf")
+    share = (found - expected).norm().item() / size if size else math.inf
+    return share if math.isfinite(share) else math.inf  # not a number would be passed over by max()
 
 
 def trainer_of(
