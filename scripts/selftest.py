@@ -54,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=CHECKS, help="check to run; may be given several times")
     names = parser.parse_args().only or list(CHECKS)
+    torch.set_num_threads(1)  # the fastest for models this small; several wait for each other on a busy machine
     torch.set_float32_matmul_precision("highest")  # the bounds are float32's; TF32 keeps 11 bits of 24
     logging.getLogger("smolfactory").setLevel(logging.ERROR)
     set_verbosity_error()

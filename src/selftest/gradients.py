@@ -1,11 +1,15 @@
 """Checks of what a training step computes: its loss and its gradients.
 
 verdict = packing()      # or SelftestError
+
+Shapes: P numbers that train, T supervised tokens, H the model's width.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers import utils as transformers_utils
@@ -30,6 +34,7 @@ from src.selftest.subjects import (
 )
 from src.selftest.verdict import FLOAT32, SelftestError, Verdict, judge
 from utils.distributed import accelerator_name
+from utils.errors import in_one_line
 
 HALF = 0.05
 """Relative difference of bfloat16 gradients from float32's: some ten roundings of 2^-8."""
@@ -53,7 +58,7 @@ def packing() -> Verdict:
         "packing",
         worst,
         bound=FLOAT32,
-        detail=f"loss and gradients of {len(packs)} packs and of their {len(rows)} documents alone, 3 attentions",
+        detail=f"loss, gradients of {len(packs)} packs and of their {len(rows)} documents alone, 3 attentions",
         meaning="Packed documents see each other, so packed training is not that of the documents; set "
         "data.packing=false until transformers and torch are of versions that pass this check",
     )
@@ -83,7 +88,7 @@ def accumulation(folder: Path) -> Verdict:
         "accumulation",
         worst,
         bound=1e-4,  # the change is a thousandth of the weights, whose rounding it has: a hundred times FLOAT32's
-        detail=f"change of weights in a step of 1x4 and 4x1 rows and -{rate} x its gradient, plain and smoothed",
+        detail="change by a step of 1x4 rows, of 4x1, and by its definition, smoothed or not",
         meaning="Accumulation changes what a step learns; set training.accumulation_steps=1 until transformers and "
         "accelerate are of versions that pass this check",
     )
@@ -102,7 +107,7 @@ def loss() -> Verdict:
         "loss",
         worst,
         bound=FLOAT32,
-        detail=f"loss and gradients of {len(rows)} rows and their definition in float64, plain and smoothed",
+        detail=f"loss, gradients of {len(rows)} rows and by definition in float64, smoothed or not",
         meaning="The loss is not that of the supervised tokens, so every figure of a run is wrong; install torch and "
         "transformers as requirements/base.txt has them, and look for changes in src/loss.py",
     )
@@ -128,7 +133,7 @@ def chunks() -> Verdict:
         "chunks",
         worst,
         bound=FLOAT32,
-        detail="loss and gradients in chunks and of whole logits, tied head or not, plain and smoothed",
+        detail="loss, gradients in chunks and of whole logits, tied or not, smoothed or not",
         meaning="Batches of a large vocabulary train on another loss than small ones; install torch as "
         "requirements/base.txt has it, and look for changes in src/chunked_loss.py",
     )
@@ -151,31 +156,42 @@ def _chunks_of_few_rows() -> float:
 
 def attention() -> Verdict:
     """Each attention that this device has gives eager's gradients, which has a model and a config of its own."""
-    rows = uneven_rows(8)
-    packs = PackedRows(rows, max_length=PACK_TOKENS, packing=True)
+    eager, packs = tiny_model("eager"), PackedRows(uneven_rows(8), max_length=PACK_TOKENS, packing=True)
     whole = [packs[index] for index in range(len(packs))]
-    eager = tiny_model("eager")
     expected = scored(eager, [batch_of(eager, whole)], SupervisedLoss())
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for name, dtype in _attentions(eager):
-        model = tiny_model(name)
+        told = f"{name} {str(dtype).removeprefix('torch.')}"
+        try:
+            found = _by_attention(name, dtype, whole)
+        except Exception as error:  # a kernel that is installed and cannot run fails in its own way
+            raise SelftestError(
+                f"{told} fails here: {type(error).__name__}: {in_one_line(error)}. Set model.attention to another"
+            ) from error
         if eager.config._attn_implementation != "eager":
             raise SelftestError("a second model's attention changed the first's; install another transformers")
-        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            score = SupervisedLoss()(model, batch_of(model, whole))
-        score.total.backward()
-        result = score.total.detach().cpu().double()[None], gradient_of(model)
         # In units of the number format's bound, so that one figure tells the worst.
-        share = FLOAT32 if dtype == torch.float32 else HALF
-        found[f"{name} {str(dtype).removeprefix('torch.')}"] = max(map(relative, result, expected)) / share
-    worst = max(found, key=found.__getitem__)
+        bound = FLOAT32 if dtype == torch.float32 else HALF
+        shares[told] = max(map(relative, found, expected)) / bound
+    worst = max(shares, key=shares.__getitem__)
     return judge(
         "attention",
-        found[worst],
+        shares[worst],
         bound=1.0,
-        detail=f"loss and gradients of {', '.join(found)} and of eager, as a share of the bound (worst: {worst})",
-        meaning=f"{worst.split()[0]} does not compute attention here; set model.attention to another that is listed",
+        detail=f"{', '.join(shares)}, each beside eager, as a share of its bound",
+        meaning=f"{worst} does not compute attention here; set model.attention to another",
     )
+
+
+def _by_attention(
+    name: str, dtype: torch.dtype, packs: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of packs, (1,), and its gradient, (P,), both in float64 on the host."""
+    model = tiny_model(name)
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        total = SupervisedLoss()(model, batch_of(model, packs)).total
+    total.backward()
+    return total.detach().cpu().double()[None], gradient_of(model)
 
 
 def _attentions(model: PreTrainedModel) -> list[tuple[str, torch.dtype]]:

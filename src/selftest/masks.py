@@ -51,7 +51,7 @@ def masks() -> Verdict:
         "masks",
         wrong,
         bound=0,
-        detail=f"ids and labels of {len(rows)} conversations and those by hand, in tokens that are wrong",
+        detail=f"wrong ids and labels of {len(rows)} conversations, by those written out by hand",
         meaning="The model would learn other tokens than the answers and their ends, such as never to stop; install "
         "transformers and tokenizers as requirements/base.txt has them, and look for changes in src/packing.py and "
         "src/turns.py",

@@ -139,7 +139,7 @@ def weights_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference as a share of what is expected; infinite where that is nothing, or either no number."""
+    """The norm of the difference as a share of what is expected; infinite where that is 0, or either is no number."""
     size = expected.norm().item()
     share = (found - expected).norm().item() / size if size else math.inf
     return share if math.isfinite(share) else math.inf  # not a number would be passed over by max()
