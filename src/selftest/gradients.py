@@ -87,8 +87,8 @@ def accumulation(folder: Path) -> Verdict:
     return judge(
         "accumulation",
         worst,
-        bound=1e-4,  # the change is a thousandth of the weights, whose rounding it has: a hundred times FLOAT32's
-        detail="change by a step of 1x4 rows, of 4x1, and by its definition, smoothed or not",
+        bound=1e-4,  # the change is 0.6% of the weights, and is read off them with their rounding
+        detail="change by a step of 1x4 rows, of 4x1, and by definition, smoothed or not",
         meaning="Accumulation changes what a step learns; set training.accumulation_steps=1 until transformers and "
         "accelerate are of versions that pass this check",
     )
