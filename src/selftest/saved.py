@@ -55,8 +55,8 @@ def merge(folder: Path) -> Verdict:
 
 
 def save(folder: Path) -> Verdict:
-    """A model that was exported gives the same logits when it is loaded, also where head and embeddings are one."""
-    worst = 0.0
+    """A model that was exported is loaded with the same weights and logits, also where head and embeddings are one."""
+    weights = logits = 0.0
     training = TrainingConfig(max_steps=1, save_every_steps=None, precision="float32")
     for tied in (False, True):
         run = Run(folder / f"tied-{tied}", None)
@@ -66,15 +66,21 @@ def save(folder: Path) -> Verdict:
         run.export(trainer)
         loaded = AutoModelForCausalLM.from_pretrained(run.path / "model", dtype=torch.float32).to(model.device)
         loaded.set_attn_implementation(model.config._attn_implementation)
-        worst = max(worst, relative(_logits(loaded), _logits(model)))
-    return judge(
-        "save",
-        worst,
-        bound=0.0,
-        detail="logits of a trained model and of its saved copy, tied head or not",
-        meaning="A saved model is not the one that was trained: weights are lost or made anew; install transformers "
-        "and safetensors as requirements/base.txt has them before you train",
+        weights = max(weights, relative(_tensors(loaded), _tensors(model)))
+        logits = max(logits, relative(_logits(loaded), _logits(model)))
+    meaning = (
+        "A saved model is not the one that was trained: weights are lost or made anew; install transformers and "
+        "safetensors as requirements/base.txt has them before you train"
     )
+    detail = "of a trained model and of its saved copy, tied head or not"
+    judge("save", weights, bound=0.0, detail=f"weights {detail}", meaning=meaning)
+    # Where the weights lie in memory may change the order of a product's sums, but no more.
+    return judge("save", logits, bound=FLOAT32, detail=f"logits {detail}", meaning=meaning)
+
+
+def _tensors(model: torch.nn.Module) -> torch.Tensor:
+    """All that is saved, and a tied head too, end to end in float64 on the host."""
+    return torch.cat([tensor.cpu().double().flatten() for _, tensor in sorted(model.state_dict().items())])
 
 
 def resume(folder: Path) -> Verdict:
