@@ -144,6 +144,14 @@ def test_a_checkpoint_of_an_older_run_is_taken_and_said_to_be_unchecked(whole, s
     assert_same_run(stopped, whole / "whole")
 
 
+def test_a_folder_that_only_has_the_name_of_a_checkpoint_is_passed_over(whole, stopped):
+    (stopped / "checkpoint-5").mkdir()
+    done = resume(whole)
+    assert done.code == 0, done.stderr
+    assert "checkpoint-5 is damaged and passed over: trainer_state.json is missing" in done.stderr
+    assert_same_run(stopped, whole / "whole")
+
+
 def test_a_checkpoint_under_the_name_of_another_step_is_damaged(whole, stopped):
     (stopped / "checkpoint-4").rename(stopped / "checkpoint-5")
     done = resume(whole)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 
 from utils.checkpoint_record import RECORD, damage, size_of, write_record
 from utils.errors import UserError
@@ -92,6 +93,8 @@ def _problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None also for one that nothing can be told of."""
     if (checkpoint / RECORD).exists():
         return damage(checkpoint)
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return f"{TRAINER_STATE_NAME} is missing"
     log.warning(
         "%s has no %s, as those of older runs have none; it is taken without a check of its files", checkpoint, RECORD
     )
@@ -101,11 +104,12 @@ def _problem(checkpoint: Path) -> str | None:
 def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """What a first checkpoint takes on the disk, at least: the weights that it holds and the optimizer's state.
 
-    Of a model with adapters these are the weights that train.
+    Of a model with adapters these are the weights that train. State that is held in other than plain tensors, such as
+    one of 8 bits, is left out, as its size does not show.
     """
     kept = (weight for weight in model.parameters() if weight.requires_grad or not isinstance(model, PeftModel))
     values = (value for state in optimizer.state.values() for value in state.values())
-    tensors = [*kept, *(value for value in values if isinstance(value, torch.Tensor))]
+    tensors = [*kept, *(value for value in values if type(value) is torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -188,17 +192,15 @@ class CheckpointWriter:
         Those of later steps go too: the run has gone back behind them, as they are damaged or another was asked for.
         """
         name = f"checkpoint-{step}"
-        target = self.run / name
-        if target.exists():  # a run that went back to an earlier checkpoint comes by this step again
-            target.rename(self.staging / "replaced")
-        (self.staging / name).rename(target)
-        for lines in self.run.glob("*.jsonl"):  # what it has logged up to here must outlast a loss of power as well
+        for later in checkpoints(self.run):
+            if step_of(later) >= step:  # of the same one, where a run that went back comes by it again
+                later.rename(self.staging / f"replaced-{later.name}")
+        (self.staging / name).rename(self.run / name)
+        for lines in self.run.glob("*.jsonl"):  # what is logged up to here must outlast a loss of power as well
             sync(lines)
         sync(self.run)
-        kept = [path for path in checkpoints(self.run) if step_of(path) <= step][-self.keep :]
-        for old in checkpoints(self.run):
-            if old not in kept:
-                old.rename(self.staging / old.name)
+        for old in checkpoints(self.run)[: -self.keep]:
+            old.rename(self.staging / old.name)
         shutil.rmtree(self.staging)
 
 
