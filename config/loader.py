@@ -113,14 +113,24 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
 
 
 def _without_checkpoint(argv: Sequence[str]) -> tuple[list[str], Path | None]:
-    """The arguments with `--resume` as a flag, and the path given to it: tyro has no option with a value or none."""
-    rest = list(argv)
-    for index, argument in enumerate(rest):
-        if argument == "--resume" and index + 1 < len(rest) and not rest[index + 1].startswith("-"):
-            return [*rest[: index + 1], *rest[index + 2 :]], Path(rest[index + 1])
-        if argument.startswith("--resume=") and argument != "--resume=":
-            return [*rest[:index], "--resume", *rest[index + 1 :]], Path(argument.partition("=")[2])
-    return rest, None
+    """The arguments with `--resume` as a flag, and the path given to it: tyro has no option with a value or none.
+
+    Raises:
+        ConfigError: the path is empty, as that of a shell's variable that is not set.
+    """
+    for index, argument in enumerate(argv):
+        name, inline, path = argument.partition("=")
+        if name != "--resume":
+            continue
+        rest = list(argv[index + 1 :])
+        if not inline:
+            if not rest or rest[0].startswith("-"):
+                break
+            path = rest.pop(0)
+        if not path:
+            raise ConfigError("--resume was given an empty path; name a checkpoint, or leave it out to take the newest")
+        return [*argv[:index], name, *rest], Path(path)
+    return list(argv), None
 
 
 def _origins(config: RunConfig, recipe: RunConfig) -> dict[str, Origin]:

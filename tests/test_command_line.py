@@ -85,7 +85,8 @@ def test_resume_takes_a_checkpoint_or_nothing(tmp_path, options, expected):
 
 
 def test_resume_with_an_empty_path_is_refused(tmp_path):
-    assert "--resume takes none or a checkpoint's" in refused(tmp_path, "--resume=")
+    for options in ("--resume=", "--resume ''"):
+        assert "--resume was given an empty path; name a checkpoint" in refused(tmp_path, options)
 
 
 def test_options_reach_sources_and_keys_of_mappings(tmp_path):
