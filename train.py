@@ -2,6 +2,7 @@
 
 accelerate launch train.py --config config/smol.py
 accelerate launch train.py --config config/smol.py --resume
+accelerate launch train.py --config config/smol.py --resume outputs/smol/checkpoint-100
 python train.py --config config/smol.py --optim.learning_rate 1e-3 --print-config
 python train.py --help
 """
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from config.effects import effect_of
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
 from config.schema import ModelConfig, RunConfig
 from utils.errors import UserError
@@ -60,7 +62,7 @@ def train(command: CommandLine) -> None:
     started, config = time.perf_counter(), command.config
     pushes = config.hub.repo_id is not None and is_main_process()
     check_method(config.adapter)
-    run = open_run(config.output, resume=command.resume)
+    run = open_run(config.output, resume=command.resume, resume_from=command.resume_from)
     if pushes:
         check_access(config.hub.repo_id, private=config.hub.private, create=False)
     args = _arguments(config, run)
@@ -78,7 +80,7 @@ def train(command: CommandLine) -> None:
     trainer = _trainer(config, run, args, tokenizer, model, train_packs, eval_packs, data.eval_conversations)
     if pushes:
         check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
-    run.record("config.json", to_dict(config), matters=("",))
+    run.record("config.json", to_dict(config), matters=("",), effect=effect_of)
     if own.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
         keep_tokenizer(own, run.path)
     run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))

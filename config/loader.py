@@ -34,7 +34,10 @@ class CommandLine:
     """The recipe's file, as it was given."""
 
     resume: bool = False
-    """Whether the run goes on from its newest checkpoint."""
+    """Whether the run goes on from a checkpoint of its own."""
+
+    resume_from: Path | None = None
+    """The checkpoint that it goes on from; None: the newest that is whole."""
 
     print_config: bool = False
     """Whether the configuration is only printed."""
@@ -51,7 +54,7 @@ class _Command:
     """The recipe: a .py file that defines `config`, or a .yaml file. Always needed."""
 
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on from the newest checkpoint of this run, instead of starting it."""
+    """Go on from the newest checkpoint of this run that is whole, or from `--resume PATH`, instead of starting it."""
 
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration as YAML, with where each value comes from, and stop. The output is a recipe too."""
@@ -68,7 +71,7 @@ class _Everything:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config RECIPE [--resume] [--print_config] [--section.field value ...]`.
+    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--section.field value ...]`.
 
     An option may be written with `_` or `-`. `--data.train.N.field` with N one above the last source adds a source;
     `--model.architecture.key` sets one key of a mapping; `--data.eval '[]'` replaces a whole list.
@@ -79,11 +82,13 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         ConfigError: the recipe or an option is wrong, or fields contradict each other; every problem is listed.
         SystemExit: with 0, after `--help` was printed.
     """
+    argv, resume_from = _without_checkpoint(argv)
     try:
         command, rest = parse_arguments(_Command, _Command(), argv, flags=True)
     except RefusedError:
         problem = (
-            "--config takes the recipe's path, such as --config config/smol.py; --resume and --print_config take none"
+            "--config takes the recipe's path, such as --config config/smol.py; --resume takes none or a checkpoint's, "
+            "such as --resume outputs/smol/checkpoint-100; --print_config takes none"
         )
         raise ConfigError(problem) from None
     if any(argument in ("-h", "--help") for argument in rest):
@@ -102,7 +107,30 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         check_constraints(config)
     except ConfigError as error:
         raise ConfigError(error.problems, where=str(command.config)) from None
-    return CommandLine(config, command.config, command.resume, command.print_config, _origins(config, recipe))
+    return CommandLine(
+        config, command.config, command.resume, resume_from, command.print_config, _origins(config, recipe)
+    )
+
+
+def _without_checkpoint(argv: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The arguments with `--resume` as a flag, and the path given to it: tyro has no option with a value or none.
+
+    Raises:
+        ConfigError: the path is empty, as that of a shell's variable that is not set.
+    """
+    for index, argument in enumerate(argv):
+        name, inline, path = argument.partition("=")
+        if name != "--resume":
+            continue
+        rest = list(argv[index + 1 :])
+        if not inline:
+            if not rest or rest[0].startswith("-"):
+                break
+            path = rest.pop(0)
+        if not path:
+            raise ConfigError("--resume was given an empty path; name a checkpoint, or leave it out to take the newest")
+        return [*argv[:index], name, *rest], Path(path)
+    return list(argv), None
 
 
 def _origins(config: RunConfig, recipe: RunConfig) -> dict[str, Origin]:

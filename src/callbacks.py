@@ -118,13 +118,22 @@ def _cut(path: Path, is_past: Callable[[dict[str, Any]], bool]) -> None:
     """Remove the lines of a file of JSON lines from the first that is past the point that a run goes on from.
 
     Args:
-        path: a file that need not exist; a last line that is not whole, as a killed run was writing it, goes too.
+        path: a file that need not exist; what cannot be read goes too, as a killed run was writing it, or a loss of
+            power left it empty.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     whole_lines = text.split("\n")[:-1]  # str.splitlines would also split at line separators within an answer
-    kept = itertools.takewhile(lambda line: not is_past(json.loads(line)), whole_lines)
+    kept = itertools.takewhile(lambda line: (record := _read(line)) is not None and not is_past(record), whole_lines)
     if (rest := "".join(f"{line}\n" for line in kept)) != text:
         write_text(path, rest)
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """A line of JSON; None for one that is none."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 class Answers(TrainerCallback):

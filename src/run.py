@@ -8,7 +8,7 @@ run.export(trainer)
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from src.adapter_export import save_adapter
 from src.callbacks import clock
 from src.model_card import model_card
 from src.quantization import save_rounded
-from utils.checkpointing import last_checkpoint
+from utils.checkpoint_record import config_digest
+from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, valid_checkpoint
 from utils.errors import UserError
-from utils.files import is_write_failure, whole_folder, write_json, write_text
+from utils.files import is_write_failure, sha256_of_file, whole_folder, write_json, write_text
 from utils.hub import push_folder
 from utils.launch import is_main_process
 from utils.logging import get_logger
@@ -41,12 +42,20 @@ class Run:
     path: Path
     checkpoint: Path | None
 
-    def record(self, name: str, content: Any, *, matters: Sequence[str] = ()) -> None:
+    def record(
+        self,
+        name: str,
+        content: Any,
+        *,
+        matters: Sequence[str] = (),
+        effect: Callable[[str], str] | None = None,
+    ) -> None:
         """Write a JSON file of the record; the main process alone does.
 
         Args:
             matters: if the run goes on from a checkpoint, a value whose dotted name holds one of these is compared with
                 that of the run's start, and a difference told; "" stands for all.
+            effect: what a difference means, in words, by the dotted name. None: that is not said.
         """
         if not is_main_process():
             return
@@ -57,7 +66,8 @@ class Run:
             )
             for key in sorted(before.keys() | after.keys()):
                 if before.get(key) != after.get(key) and any(part in key for part in matters):
-                    log.warning("%s was %r when this run started and is %r now", key, before.get(key), after.get(key))
+                    told = f"{key} was {before.get(key)!r} when this run started and is {after.get(key)!r} now"
+                    log.warning("%s", f"{told}; {effect(key)}" if effect else told)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
 
@@ -162,12 +172,17 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {name: value for key, part in items for name, value in _flat(part, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def open_run(config: OutputConfig, *, resume: bool) -> Run:
+def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = None) -> Run:
     """Find the directory of a run that starts, or the checkpoint of one that goes on. Nothing is written.
 
+    Each process reads the checkpoint's files, once more than it loads them, so that all come to the same one.
+
+    Args:
+        resume: whether the run goes on.
+        resume_from: the checkpoint that it then goes on from. None: the newest whose files are as they were written.
     Raises:
-        UserError: a run that starts would overwrite another, one that should go on has no checkpoint, or nothing can
-            be written there.
+        UserError: a run that starts would overwrite another, one that should go on has no checkpoint or a damaged one,
+            or nothing can be written there.
     """
     path = Path(config.folder) / config.name
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -175,18 +190,31 @@ def open_run(config: OutputConfig, *, resume: bool) -> Run:
         what = "may not be written to" if there.is_dir() else "is a file"
         raise UserError(f"{path} cannot be made, as {there} {what}; give another output.folder or output.name")
     if resume:
-        checkpoint = last_checkpoint(path)
+        checkpoint = valid_checkpoint(path, resume_from) if resume_from else newest_valid_checkpoint(path)
         if checkpoint is None:
             raise UserError(
                 f"--resume found no complete checkpoint in {path}; leave --resume out to start"
                 + (f", with another --output.name or without the folder {path}" if path.exists() else "")
             )
+        _tell_other_settings(path, checkpoint)
         return Run(path, checkpoint)
     if is_main_process() and path.exists() and any(path.iterdir()):
         raise UserError(
             f"{path} holds a run already; go on with it by --resume, or start another beside it by --output.name NAME"
         )
     return Run(path, None)
+
+
+def _tell_other_settings(path: Path, checkpoint: Path) -> None:
+    """Say where the settings on record are not those that a checkpoint was written under, so that a comparison with
+    them misses what changed before."""
+    written, record = config_digest(checkpoint), path / "config.json"
+    if written is not None and record.is_file() and sha256_of_file(record) != written:
+        log.warning(
+            "%s has changed since %s was written; what that checkpoint was trained with is not compared",
+            record,
+            checkpoint.name,
+        )
 
 
 def publish(run: Run, config: HubConfig) -> None:

@@ -38,7 +38,7 @@ from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
-from utils.checkpointing import CheckpointWriter
+from utils.checkpointing import CheckpointWriter, state_bytes
 from utils.errors import UserError
 from utils.logging import get_logger
 from utils.metrics import Meter, matrix_rate, work_of
@@ -209,6 +209,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             batch_size=self.args.eval_batch_size,
             collate_fn=self._eval_collator,
             pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # as above: how often a run is evaluated must not change its dropout
         )
         return self.accelerator.prepare(loader)
 
@@ -380,7 +381,9 @@ class SFTTrainer(OptimizerHooks, Trainer):
         """A checkpoint that is complete or absent."""
         self.stop_unless_finite()
         self._update_tokens_seen()
-        with self.checkpoints.writing(self.state.global_step, main=self.args.should_save):
+        # DeepSpeed's optimizer keeps its state where only its own methods find it.
+        size = 0 if self.is_deepspeed_enabled else state_bytes(self.accelerator.unwrap_model(model), self.optimizer)
+        with self.checkpoints.writing(self.state.global_step, main=self.args.should_save, expected_bytes=size):
             super()._save_checkpoint(model, trial)
             if isinstance(self.feed, StreamFeed) and self.args.should_save:
                 folder = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"

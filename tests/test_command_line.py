@@ -69,6 +69,26 @@ def test_options_are_typed_by_the_schema_in_both_spellings(tmp_path):
     assert (command.resume, command.print_config) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--resume", (True, None)),
+        ("--resume outputs/run/checkpoint-4", (True, Path("outputs/run/checkpoint-4"))),
+        ("--resume=outputs/run/checkpoint-4", (True, Path("outputs/run/checkpoint-4"))),
+        ("--resume --optim.learning_rate 1e-4", (True, None)),
+        ("", (False, None)),
+    ],
+)
+def test_resume_takes_a_checkpoint_or_nothing(tmp_path, options, expected):
+    command = read(tmp_path, options)
+    assert (command.resume, command.resume_from) == expected
+
+
+def test_resume_with_an_empty_path_is_refused(tmp_path):
+    for options in ("--resume=", "--resume ''"):
+        assert "--resume was given an empty path; name a checkpoint" in refused(tmp_path, options)
+
+
 def test_options_reach_sources_and_keys_of_mappings(tmp_path):
     config = read(
         tmp_path,

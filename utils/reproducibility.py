@@ -35,13 +35,17 @@ def environment(repository: Path) -> dict[str, Any]:
         repository: the folder whose git commit is recorded; null where there is none.
     """
     return {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        **versions(),
         "hardware": _hardware(),
         "git_commit": _commit(repository),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "world_size": processes_started(),
     }
+
+
+def versions() -> dict[str, Any]:
+    """Python's version, and under `packages` those that a run stands on, null where one is not installed."""
+    return {"python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES}}
 
 
 def _version(name: str) -> str | None:
