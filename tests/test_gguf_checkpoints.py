@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shutil
 import struct
@@ -12,19 +11,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from src.checkpoints import gguf as gguf_format
 from src.checkpoints import hf
@@ -33,8 +29,7 @@ from src.checkpoints.checkpoint import ReadOptions, WriteOptions
 from src.checkpoints.convert import convert
 from src.checkpoints.gguf_families import FAMILIES, family_of, tensor_names
 from src.checkpoints.gguf_files import kept
-from src.checkpoints.llama2c_tokenizer import read_pieces
-from tests.toy_tokenizer import CHATML, SHARED, shared_file, toy_tokenizer
+from tests.toy_tokenizer import toy_tokenizer
 from utils.errors import UserError
 
 SIZES = {
@@ -69,7 +64,6 @@ CONFIGS = {
     "qwen2-tied-yarn": Qwen2Config(**SIZES, tie_word_embeddings=True, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
 }
-VECTORS = SHARED / "tokenizer_vectors"
 
 
 def save(folder, config, tokenizer=None, dtype=torch.float32):
@@ -205,99 +199,6 @@ def test_tensor_names_are_those_of_the_gguf_package(kind, tmp_path):
     names = gguf.get_tensor_name_map(arch, sizes.num_hidden_layers)
     expected = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in source.tensors}
     assert set(tensor_names(family, sizes)) == expected
-
-
-def vectors(name):
-    texts = (VECTORS / f"ggml-vocab-{name}.gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    lines = (VECTORS / f"ggml-vocab-{name}.gguf.out").read_text(encoding="utf-8").split("\n")
-    pairs = [(text, [int(token) for token in line.split()]) for text, line in zip(texts, lines, strict=True)]
-    assert len(pairs) == 47
-    return pairs
-
-
-def llama2():
-    backend = read_pieces(shared_file("tokenizers/llama2/tokenizer.bin"), 32_000).to_tokenizer()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def llama2_chat():
-    tokenizer = llama2()
-    tokenizer.add_tokens([AddedToken("[INST]", special=True, normalized=False), AddedToken("[TOOL]", normalized=False)])
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-def llama3():
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
-    path = str(shared_file("tokenizers/llama3/tokenizer.model"))
-    backend = TikTokenConverter(vocab_file=path, extra_special_tokens=special).converted()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=special[0], eos_token=special[2])
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-TOKENIZERS = {
-    "llama-spm": llama2,
-    "llama-spm with tokens added": llama2_chat,
-    "llama-bpe": llama3,
-    "gpt-2": lambda: AutoTokenizer.from_pretrained(shared_file("tokenizers/gpt2")),
-    "qwen2": lambda: AutoTokenizer.from_pretrained(shared_file("tokenizers/qwen2")),
-}
-SPECIAL = ("<s>", "</s>", "<|begin_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>", "[INST]", "[TOOL]")
-
-
-@pytest.fixture(scope="module", params=TOKENIZERS)
-def travelled(tmp_path_factory, request):
-    """A tokenizer's vectors, its own folder, a GGUF file made from it, and a folder made from that."""
-    if not VECTORS.is_dir():
-        pytest.skip("../shared/data/tokenizer_vectors is absent")
-    folder = tmp_path_factory.mktemp("travelled")
-    tokenizer = TOKENIZERS[request.param]()
-    small = SIZES | {"vocab_size": len(tokenizer) + 7, "hidden_size": 16, "num_hidden_layers": 1}
-    small |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    save(folder / "a", LlamaConfig(**small), tokenizer)
-    convert(folder / "a", folder / "b", "gguf", check="none")  # the next step reads it
-    convert(folder / "b" / "model.gguf", folder / "c", "hf", check="tensors")
-    return request.param, folder
-
-
-def test_the_vectors_of_llama_cpp_hold_after_the_way_there_and_back(travelled):
-    name, folder = travelled
-    tokenizer = AutoTokenizer.from_pretrained(folder / "c")
-    wrong = [
-        text
-        for text, expected in vectors(name.split()[0])
-        if tokenizer(text, add_special_tokens=False).input_ids != expected
-    ]
-    assert wrong == []
-
-
-def test_special_tokens_and_chat_template_travel(travelled):
-    _, folder = travelled
-    before, after = (AutoTokenizer.from_pretrained(folder / name) for name in "ac")
-    for role in ("bos_token_id", "eos_token_id", "chat_template"):
-        assert getattr(before, role) == getattr(after, role), role
-    held = [token for token in SPECIAL if token in before.get_added_vocab()]
-    assert held
-    text = "a".join(held) + " b"
-    assert before(text).input_ids == after(text).input_ids
-    assert after.decode(after(f"x {held[0]} y").input_ids, skip_special_tokens=True).split() == ["x", "y"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"pre_tokenizer": {"type": "Whitespace"}}, r"pre_tokenizer=\[{'type': 'Whitespace'}\].* have no name"),
-        ({"normalizer": {"type": "Lowercase"}}, "normalizer={'type': 'Lowercase'}"),
-    ],
-)
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(change, message, tmp_path):
-    save(tmp_path / "a", CONFIGS["llama"])
-    path = tmp_path / "a" / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), encoding="utf-8")
-    with pytest.raises(UserError, match=message):
-        convert(tmp_path / "a", tmp_path / "b", "gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -479,17 +380,3 @@ def test_llama_cpp_computes_the_same_logits(kind, dtype, tmp_path):
     # bits for 32 of them at most 0.08, where queries left in halves give more than 0.3 in every format.
     tolerance = {None: 1e-5, "float16": 4e-3, "bfloat16": 3e-2, "q8_0": 0.15}[dtype]
     assert float((found - expected).abs().max()) < tolerance * float(expected.abs().max())
-
-
-@pytest.mark.slow
-def test_llama_cpp_gives_the_ids_of_its_own_vectors(travelled):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-    name, folder = travelled
-    model = llama_cpp.Llama(str(folder / "b" / "model.gguf"), vocab_only=True, verbose=False)
-    for text, expected in vectors(name.split()[0]):
-        assert model.tokenize(text.encode(), add_bos=False, special=False) == expected, text
-    tokenizer = AutoTokenizer.from_pretrained(folder / "a")
-    for token in (token for token in SPECIAL if token in tokenizer.get_added_vocab()):
-        assert model.tokenize(token.encode(), add_bos=False, special=True) == [tokenizer.get_vocab()[token]]
-    assert model.token_bos() == tokenizer.bos_token_id or tokenizer.bos_token_id is None
-    assert model.token_eos() == tokenizer.eos_token_id
