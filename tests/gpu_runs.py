@@ -236,3 +236,12 @@ def launch(folder, *options, **environment):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line], folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    """No TF32, whose products have 11 bits; for every test of a module that names this."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from config.benchmark import PRESETS, SHAPES, peak_tflops
 from scripts.benchmark import main
-from scripts.benchmarking import chart, floor, loss_kernels, preparation, stages, step
+from scripts.benchmarking import chart, floor, preparation, stages, step
 from scripts.benchmarking.agreement import compare, disagreements
 from scripts.benchmarking.case import Case
 from scripts.benchmarking.clock import BatchCounts
@@ -383,21 +383,3 @@ def test_a_turn_of_a_long_conversation_costs_what_one_of_a_short_one_costs():
     found = stages.by_turns(preparation.llama2_tokenizer(SHARED), (25, 200))
     # A cost that grows with the square would be 64 times as much; linear is 8, and the rest is for a busy machine.
     assert found[200] < 20 * found[25]
-
-
-def test_losses_of_a_head_are_measured_where_they_agree(tmp_path, capsys):
-    words = ["loss", "--sizes", "300x16", "--tokens", "8", "600", "--repeats", "2", "--max_product", "2000000"]
-    assert main([*words, "--output", str(tmp_path / "loss")]) == 0
-    (case,) = json.loads((tmp_path / "loss.json").read_text())["cases"]  # the other has 2,880,000
-    assert (case["vocabulary"], case["width"], case["tokens"], case["trains_head"]) == (300, 16, 8, True)
-    assert {"chunks", "whole logits"} <= case["seconds"].keys()
-    assert all(len(turns) == 2 and min(turns) >= 0 for turns in case["seconds"].values())
-    assert "| 300 | 16 | 8 | float32 | trains |" in (tmp_path / "loss.md").read_text()
-    assert main(["loss", "--sizes", "300"]) == 2
-    assert "--sizes has '300'; give vocabulary x width" in capsys.readouterr().err
-
-
-def test_a_loss_that_computes_something_else_is_not_timed(monkeypatch):
-    monkeypatch.setattr(loss_kernels, "in_chunks", lambda *given: 1.01 * loss_kernels.whole(*given))
-    with pytest.raises(UserError, match=r"chunks computes something else: it differs by 0\.01 from"):
-        loss_kernels.measure(300, 16, 8, dtype=torch.float32, trains_head=True, repeats=1)

@@ -15,11 +15,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from config.schema import AdapterConfig, TrainingConfig
+from config.schema import AdapterConfig
 from src.activations import offload_activations, recompute_activations
 from src.adapters import add_adapter
 from src.attention_choice import check_documents_apart
-from src.compilation import CompiledLayers, check_compilation
 from src.loss import SupervisedLoss, supervised_nll
 from src.packing import IGNORED, PackCollator, PackedRows
 from tests.gpu_runs import (
@@ -31,6 +30,7 @@ from tests.gpu_runs import (
     autocast,
     build,
     difference,
+    full_float32,  # noqa: F401  pytest finds it here
     launch,
     losses_of,
     nf4_model,
@@ -43,22 +43,6 @@ from tests.gpu_runs import (
 )
 
 pytestmark = ON_GPU
-
-
-@pytest.fixture(autouse=True)
-def full_float32():
-    """No TF32: its products have 11 bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-class NoCompilation(TrainerCallback):
-    """Fails a run that compiles after training has begun."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        torch.compiler.set_stance("fail_on_recompile")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -382,25 +366,3 @@ def test_a_float32_run_has_the_losses_that_it_has_on_the_cpu(tmp_path):
         for path in (folder, cpu_folder)
     ]
     assert gpus == [HAS_GPU, False]
-
-
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_compiled_layers_learn_the_same_and_are_compiled_for_no_step_alone(tmp_path, precision, recomputes):
-    # With SGD a step is the gradient itself; roundings are those of other orders of sums, as above.
-    check_compilation(TrainingConfig(compile="on"), DEVICE.type)
-    losses = []
-    for compiled in (True, False):
-        torch.compiler.reset()
-        model = small_model(attention="documents")
-        if recomputes:
-            recompute_activations(model)
-        trainer = build(tmp_path, model, precision=precision, optimizer="sgd", rate=0.1)
-        if compiled:
-            trainer.add_callback(CompiledLayers("on", trainer.score, trainer.data_collator))
-            trainer.add_callback(NoCompilation())
-        trainer.train()
-        torch.compiler.set_stance("default")
-        losses.append(losses_of(trainer))
-    assert len(losses[0]) == 6
-    np.testing.assert_allclose(*losses, rtol={"float32": 1e-5, "bf16": 4e-3}[precision])

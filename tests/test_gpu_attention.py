@@ -25,6 +25,7 @@ from tests.gpu_runs import (
     ON_GPU,
     autocast,
     difference,
+    full_float32,  # noqa: F401  pytest finds it here
     gradient_of,
     reference,
     small_model,
@@ -38,15 +39,6 @@ needs_varlen = pytest.mark.skipif(
     not HAS_GPU or not VARLEN_OPTIONS or torch.cuda.get_device_capability() < (8, 0),
     reason="torch's variable-length kernel needs a GPU of compute capability 8.0",
 )
-
-
-@pytest.fixture(autouse=True)
-def full_float32():
-    """No TF32: its products have 11 bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def loss_and_gradient(rows, *, precision, attention="sdpa", packing=True, flat=False, at_once=3, apart=True):
