@@ -36,6 +36,7 @@ from src.loss import SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
+from src.step_sums import StepSums
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter, state_bytes
@@ -134,16 +135,9 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._ready: ReadySteps | None = None  # reads the feed ahead of that
         self.add_callback(FeedPlace(lambda: self.feed))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
-        self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # supervised, all; since the last log
-        self._tokens_unseen = torch.zeros((), dtype=torch.int64, device=args.device)  # of which the state knows nothing
-        self._tokens_since = time.perf_counter()
-        # Trainer adds up losses in float32, which is coarser than what is compared here.
-        wide = torch.float32 if args.device.type == "mps" else torch.float64
-        self._loss = torch.zeros(3, dtype=wide, device=args.device)  # negative log-likelihood, objective, routers'
-        self._steps = 0  # optimizer steps that `_loss` holds
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
         self._adapted = layers_without_dropout(model) if args.bf16 or args.fp16 else []
-        self.meter = self._new_meter()
+        self.sums = StepSums(self._new_meter(), device=args.device)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer's, after a check that the model keeps the documents of a pack apart.
@@ -161,7 +155,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         if isinstance(self.feed, StreamFeed) and resume_from_checkpoint:
             self.feed.load_state(json.loads((Path(resume_from_checkpoint) / STREAM).read_text(encoding="utf-8")))
         self._ready = self._new_steps()
-        self._tokens_unseen.zero_()
+        self.sums.take_unseen()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -187,7 +181,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         return ReadySteps(
             self.feed,
             self.data_collator,
-            functools.partial(self.meter.count, pad_id=self.data_collator.pad_token_id),
+            functools.partial(self.sums.meter.count, pad_id=self.data_collator.pad_token_id),
             device=self.args.device,
             pins=self.args.dataloader_pin_memory,
         )
@@ -226,18 +220,12 @@ class SFTTrainer(OptimizerHooks, Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], torch.zeros((), dtype=torch.int64, device=device)
-        if self._steps == 0:
-            self._tokens_since = time.perf_counter()
         step: ReadyStep = next(epoch_iterator)
         assert len(step.batches) == num_batches, "a run has whole steps only"
         self.feed.stand_at(step.mark)
-        for counted in step.counted:
-            self.meter.add(counted)
         batches = [self._on_device(batch) for batch in step.batches]
         counts = self.accelerator.reduce(send_to_device(step.counts, device, non_blocking=True), reduction="sum")
-        self._tokens += counts
-        self._tokens_unseen += counts[1]
-        self._steps += 1
+        self.sums.begin_step(counts, step.counted)
         return batches, counts[0]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -260,8 +248,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
 
     def _update_tokens_seen(self) -> None:
         """Bring the state's tokens up to date, for which the device is waited for."""
-        self.state.num_input_tokens_seen += int(self._tokens_unseen)
-        self._tokens_unseen.zero_()
+        self.state.num_input_tokens_seen += self.sums.take_unseen()
 
     def compute_loss(
         self,
@@ -280,7 +267,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         routers = torch.zeros_like(nll) if scored.router is None else scored.router * len(scored.nll)
         sums = torch.stack((scored.total, nll, routers))
         loss, nll, routers = sums * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
-        self._loss += torch.stack((nll, loss, routers)).detach()
+        self.sums.add_loss(torch.stack((nll, loss, routers)))
         self._finite &= torch.isfinite(loss.detach())
         if loss.device.type == "cpu":  # elsewhere the look would wait for the device, so it is taken when logging
             self.stop_unless_finite()
@@ -318,27 +305,14 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._update_tokens_seen()
         if "loss" in logs:
             self.stop_unless_finite()
-            means = self.accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)
-            logs["loss"], objective, routers = means.tolist()
+            logs["loss"], objective, routers = self.sums.losses(self.accelerator)
             if not self.score.objective.plain or self.score.router:
                 logs["objective"] = objective
             if self.score.router:
                 logs["router_aux_loss"] = routers
-            seconds = max(1e-9, time.perf_counter() - self._tokens_since)
-            supervised, tokens = self._tokens.tolist()
-            logs["tokens_per_second"] = tokens / seconds
-            logs["supervised_tokens_per_second"] = supervised / seconds
-            logs["tokens"] = self.state.num_input_tokens_seen
-            logs |= self.meter.figures(seconds)
-            self.restart_clock()
+            logs |= self.sums.speed() | {"tokens": self.state.num_input_tokens_seen}
+            self.sums.clear()
         super().log(logs, start_time)
-
-    def restart_clock(self) -> None:
-        """Start the sums that the next training line is made of."""
-        self._loss.zero_()
-        self._steps = 0
-        self._tokens.zero_()
-        self.meter.clear()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; the time is not counted against training speed.
@@ -348,7 +322,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         """
         paused = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
-        self._tokens_since += time.perf_counter() - paused
+        self.sums.leave_out(time.perf_counter() - paused)
         return metrics
 
     def evaluate_once(self) -> None:
