@@ -83,6 +83,10 @@ def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     generation.pad_token_id = tokenizer.pad_token_id
     model.generation_config = generation
+    settings = model.config.get_text_config()
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        settings.eos_token_id = tokenizer.eos_token_id  # else some Trainers do, and add it to `stops` once more
 
 
 def _template_stops(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -56,11 +56,13 @@ def own_loss(model, batch, **more):
 @pytest.mark.parametrize("name", ROUTED)
 def test_a_micro_batch_has_the_loss_and_gradient_of_transformers(name, plain_elements):
     model, batch = routed(name), batch_of()
+    own = own_loss(model, batch)
+    if not own.router_logits:
+        pytest.skip(f"this version of transformers tells no router logits of {name}, and adds no such loss itself")
     score = SupervisedLoss(plain_elements=plain_elements)
     scored = score(model, batch)
     assert score.chunks
     assert score.router.weight == WEIGHT
-    own = own_loss(model, batch)
     torch.testing.assert_close(scored.router, own.aux_loss.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(scored.total / len(scored.nll), own.loss, rtol=1e-5, atol=0)
     found = gradients(model, scored.total / len(scored.nll))
