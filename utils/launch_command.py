@@ -1,6 +1,6 @@
 """What `accelerate launch` was asked for, where it started this process.
 
-It drops part of what it is asked for without a word: on a machine without an accelerator, or with `--cpu`, it starts one
+It drops part of what it is asked for without a word: without an accelerator, or with `--cpu`, it starts one
 process whatever `--num_processes` and `--num_machines` say, and nothing that it hands on tells how many were meant. Its
 own command line does, with the file that it reads.
 
