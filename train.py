@@ -53,12 +53,13 @@ def train(command: CommandLine) -> None:
     from utils.distributed import accelerator_name, check_launch
     from utils.hub import check_access
     from utils.reproducibility import environment
-    from utils.sharded import check_engine
+    from utils.sharded import check_engine, check_parallelism
 
     disable_progress_bar()
     check_launch()
     check_engine(accelerator_name())
     started, config = time.perf_counter(), command.config
+    check_parallelism(packing=config.data.packing)
     pushes = config.hub.repo_id is not None and is_main_process()
     check_method(config.adapter)
     run = open_run(config.output, resume=command.resume, resume_from=command.resume_from)

@@ -10,11 +10,9 @@ import psutil
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from torch.distributed.fsdp import fully_shard
 
 from tests.tiny_run import ROOT, write_recipe
 from utils.launch_command import asked_of_launcher, launch_arguments, read_arguments
-from utils.sharded import is_sharded
 
 MACHINES = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29500"]
 DDP, FSDP = "config/accelerate/ddp.yaml", "config/accelerate/fsdp2.yaml"
@@ -145,17 +143,3 @@ def test_a_run_that_asked_for_fsdp_where_accelerate_leaves_it_out_is_refused(tmp
 def test_runs_that_got_what_was_asked_for_train(tmp_path, arguments):
     done = accelerate(*arguments, "train.py", "--config", write_recipe(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_sharded_weights_are_told_from_whole_ones(tmp_path):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        whole = torch.nn.parallel.DistributedDataParallel(model)
-        assert not is_sharded(whole)
-        fully_shard(model, mesh=mesh)
-        assert is_sharded(model)
-    finally:
-        torch.distributed.destroy_process_group()

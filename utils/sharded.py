@@ -1,16 +1,19 @@
-"""Whether weights that should be sharded over processes are.
+"""Whether weights that should be sharded over processes are, and nothing else is.
 
 Accelerate shards over accelerators only: on a CPU it gives every process the whole model, and says nothing.
 
-    check_engine(accelerator_name())     # at the start
-    trainer.add_callback(Sharded())      # once Accelerate has done what it was asked for
+    check_engine(accelerator_name())                 # at the start
+    check_parallelism(packing=config.data.packing)
+    trainer.add_callback(Sharded())                  # once Accelerate has done what it was asked for
 """
 
+import os
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, str_to_bool
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -43,6 +46,33 @@ def check_engine(device: str) -> None:
         raise UserError(
             f"`accelerate launch` was asked for {engine}, and has not told this process so ({ENGINES[engine]} is not "
             "set), as it does with --cpu; leave out --cpu"
+        )
+
+
+def check_parallelism(*, packing: bool) -> None:
+    """Make sure that no processes are to share rows, which each process here has of its own.
+
+    Accelerate's context parallel splits rows between processes, and takes from attention every mask but the causal one.
+    The rows of a batch would be parts of different ones, and labels would be shifted within the parts.
+
+    Args:
+        packing: whether documents share rows.
+    Raises:
+        UserError: a parallelism other than that of data is asked for.
+    """
+    if not str_to_bool(os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false")):
+        return
+    sizes = ParallelismConfig()
+    for name, what in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
+        size = getattr(sizes, f"{name}_size", 1)
+        if size == 1:
+            continue
+        leak = " With data.packing=true the documents of a pack would see each other, too." if packing else ""
+        raise UserError(
+            f"parallelism_config_{name}_size={size} asks for {what} parallel, in which {size} processes compute on the "
+            f"same rows; here each process has rows of its own, so the loss would be wrong.{leak} Launch with "
+            "config/accelerate/fsdp2.yaml; rows that are too long for a GPU take less memory with "
+            "training.gradient_checkpointing=full and training.activation_offload=true"
         )
 
 
