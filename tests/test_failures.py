@@ -73,9 +73,14 @@ def test_an_error_of_one_process_is_told_whole_once_and_by_its_name(tmp_path):
     assert steps == list(range(1, len(steps) + 1))  # the main process alone writes them
 
 
-def failing(error, **environment):
-    """What a process says that ends with an error, and after how many seconds."""
-    code = f"from utils.failures import name_failing_process\nname_failing_process()\nraise {error}"
+def failing(error, *, wait_s=30, **environment):
+    """What a process says that ends with an error, and after how many seconds.
+
+    Args:
+        wait_s: what it waits where it has lost another process.
+    """
+    wait = f"failures.OTHERS_WAIT_S = {wait_s}"
+    code = f"from utils import failures\n{wait}\nfailures.name_failing_process()\nraise {error}"
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
@@ -87,12 +92,12 @@ def failing(error, **environment):
 def test_a_process_that_has_lost_another_lets_that_one_speak_first():
     two = {"RANK": "0", "WORLD_SIZE": "2"}
     lost = "RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1')"
-    told, seconds = failing(lost, **two)
+    told, seconds = failing(lost, wait_s=2, **two)
     assert told.count("error: process 0 of 2, on ") == told.count("Connection closed by peer") == 1
-    assert seconds > 5
+    assert seconds > 2
     told, seconds = failing("RuntimeError('the rows are gone')", **two)
     assert told.count("error: process 0 of 2, on ") == told.count("the rows are gone") == 1
-    assert seconds < 5
+    assert seconds < 30
 
 
 def test_a_process_that_is_alone_fails_as_python_does():

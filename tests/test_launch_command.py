@@ -1,6 +1,5 @@
 """What a run makes of what `accelerate launch` was asked for, and of what it has not done."""
 
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from tests.tiny_run import ROOT, write_recipe
-from utils.launch_command import asked_of_launcher, launch_arguments, read_arguments
+from utils.launch_command import Asked, asked_of_launcher, launch_arguments, read_arguments
 
 MACHINES = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29500"]
 DDP, FSDP = "config/accelerate/ddp.yaml", "config/accelerate/fsdp2.yaml"
@@ -66,22 +65,12 @@ def test_the_launchers_arguments_are_read_as_the_launcher_reads_them(arguments, 
 
 
 def test_the_users_own_config_file_counts_unless_the_cpu_is_asked_for(tmp_path, monkeypatch):
-    code = (
-        "from utils.launch_command import read_arguments\n"
-        "print([read_arguments([*words, 'train.py']).processes for words in ([], ['--cpu'], ['--num_processes', '1'])])"
-    )
-    folder = tmp_path / "accelerate"
-    folder.mkdir()
-    (folder / "default_config.yaml").write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 3\n")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"HF_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "[3, 1, 1]"
+    file = tmp_path / "default_config.yaml"
+    file.write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 3\n")
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
+    assert read_arguments(["train.py"]) == Asked(3, f"num_processes: 3 in {file}", None)
+    assert read_arguments(["--cpu", "train.py"]).processes == 1
+    assert read_arguments(["--num_processes", "1", "train.py"]).processes == 1
 
 
 def test_nothing_is_known_where_another_program_started_the_process(monkeypatch):
@@ -125,6 +114,7 @@ def test_other_ways_to_get_fewer_processes_than_asked_are_refused_too(tmp_path, 
 
 
 @needs_no_gpu
+@pytest.mark.slow
 def test_a_run_that_asked_for_fsdp_where_accelerate_leaves_it_out_is_refused(tmp_path):
     # Accelerate itself would train it by DDP, and say nothing.
     fsdp = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"]
