@@ -18,7 +18,8 @@ from config.effects import effect_of
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
 from config.schema import ModelConfig, RunConfig
 from utils.errors import UserError
-from utils.launch import is_main_process
+from utils.failures import OTHERS_WAIT_S, name_failing_process
+from utils.launch import is_main_process, this_process
 from utils.logging import get_logger, set_up_logging
 
 if TYPE_CHECKING:  # torch and its company take seconds to import: only once the recipe is known to be right
@@ -36,10 +37,6 @@ if TYPE_CHECKING:  # torch and its company take seconds to import: only once the
 
 log = get_logger("train")
 
-OTHERS_WAIT_S = 5
-"""What stops the main process mostly stops the others too. It speaks first, and the launcher then ends them; what an
-other process alone has met, such as a file that is missing on its machine, it says itself after this time."""
-
 
 def train(command: CommandLine) -> None:
     """Recipe -> run -> data -> model -> trainer -> result -> Hub."""
@@ -53,13 +50,16 @@ def train(command: CommandLine) -> None:
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
-    from utils.distributed import check_launch
+    from utils.distributed import accelerator_name, check_launch
     from utils.hub import check_access
     from utils.reproducibility import environment
+    from utils.sharded import check_engine, check_parallelism
 
     disable_progress_bar()
     check_launch()
+    check_engine(accelerator_name())
     started, config = time.perf_counter(), command.config
+    check_parallelism(packing=config.data.packing)
     pushes = config.hub.repo_id is not None and is_main_process()
     check_method(config.adapter)
     run = open_run(config.output, resume=command.resume, resume_from=command.resume_from)
@@ -245,6 +245,7 @@ def _trainer(
     from src.compilation import CompiledLayers
     from src.loss import SupervisedLoss
     from src.trainer import SFTTrainer
+    from utils.sharded import Sharded
 
     training = config.training
     metrics = MetricsFile(run.path / "metrics.jsonl")
@@ -264,7 +265,7 @@ def _trainer(
         neftune_alpha=training.neftune_alpha,
         activation_offload=training.activation_offload,
         score=score,
-        callbacks=[Progress(), metrics, answers],
+        callbacks=[Sharded(), Progress(), metrics, answers],
     )
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))
     return trainer
@@ -273,6 +274,7 @@ def _trainer(
 def main() -> int:
     """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first."""
     set_up_logging()
+    name_failing_process()
     try:
         command = read_command_line(sys.argv[1:])
         if command.print_config:
@@ -283,9 +285,11 @@ def main() -> int:
 
             leave_group()
     except (ConfigError, UserError) as error:
-        if not is_main_process():
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        else:
             time.sleep(OTHERS_WAIT_S)
-        print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error} ({this_process()})", file=sys.stderr)
         return 2
     return 0
 

@@ -283,6 +283,7 @@ CASES = [
     for packing in (False, True)
 ]
 TOKEN_CASES = [("float32", "sgd", 0.1, False), ("float64", "adamw_torch_fused", 1e-3, True)]
+ADAPTER_CASES = [(dtype, "adamw_torch_fused", 1e-3, True) for dtype in ("float32", "float64")]
 
 
 class ForgetsProcesses(SFTTrainer):
@@ -296,7 +297,10 @@ class ForgetsProcesses(SFTTrainer):
 LAUNCHED = """
 import os, sys, torch
 sys.path[:0] = [{root!r}]
-from tests.test_trainer import CASES, TOKEN_CASES, ForgetsProcesses, train, tiny_model, uneven_rows, weights_of
+from config.schema import AdapterConfig
+from src.adapters import add_adapter
+from tests.test_trainer import (
+    ADAPTER_CASES, CASES, TOKEN_CASES, ForgetsProcesses, train, tiny_model, uneven_rows, weights_of)
 from utils.distributed import leave_group
 
 def main():
@@ -313,6 +317,13 @@ def main():
         trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), tokens=48,
                                 accumulation=4 // world, packing=packing, optimizer=optimizer, rate=rate)
         results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
+    for dtype, optimizer, rate, packing in ADAPTER_CASES:
+        torch.manual_seed(0)
+        model = add_adapter(tiny_model(getattr(torch, dtype)), AdapterConfig(kind="lora", rank=4))
+        trainer, losses = train(folder, model, uneven_rows(45), micro=2, accumulation=4 // world, packing=packing,
+                                optimizer=optimizer, rate=rate)
+        adapter = [weight.detach().flatten() for weight in model.parameters() if weight.requires_grad]
+        results.append((losses, torch.cat(adapter), None))
     train.__globals__["SFTTrainer"] = ForgetsProcesses
     trainer, losses = train(folder, tiny_model(), uneven_rows(45), micro=2, accumulation=4 // world)
     results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
@@ -335,7 +346,7 @@ def test_several_processes_train_as_one(tmp_path, processes):
     one, several = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / f"{processes}.pt")
     (_, weights, _), (_, other_weights, _) = one.pop(), several.pop()
     assert ((weights - other_weights).norm() / weights.norm()).item() > 1e-4, "a wrong scale must be seen"
-    results = zip(CASES + TOKEN_CASES, one, several, strict=True)
+    results = zip(CASES + TOKEN_CASES + ADAPTER_CASES, one, several, strict=True)
     for (dtype, *_), (losses, weights, eval_loss), (other_losses, other_weights, other_eval_loss) in results:
         bound = {"float32": 1e-6, "float64": 1e-12}[dtype]
         assert len(losses) == 10

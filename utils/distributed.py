@@ -11,10 +11,10 @@ import time
 
 import psutil
 import torch
-from accelerate.utils import str_to_bool
 
 from utils.errors import UserError
 from utils.launch import processes_started
+from utils.launch_command import asked_of_launcher, engine_told, mpi_processes
 
 LEAVE_S = 0.2
 """Seconds that the threads of a process group have to give up what they hold."""
@@ -26,10 +26,11 @@ def accelerator_name() -> str:
 
 
 def check_launch() -> None:
-    """Make sure that a process which is told that it is one of several is told how to find the others.
+    """Make sure that as many processes were started as were asked for, and that they are told how to find each other.
 
     Raises:
-        UserError: WORLD_SIZE is above 1 and another variable that launchers set beside it is not there.
+        UserError: WORLD_SIZE is above 1 and another variable that launchers set beside it is not there, or `accelerate
+            launch` was asked for more processes than it has started.
     """
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if processes_started() > 1 and missing:
@@ -38,12 +39,19 @@ def check_launch() -> None:
             f"{', '.join(missing)}; start them with `accelerate launch --config_file config/accelerate/ddp.yaml "
             "train.py ...`, or unset WORLD_SIZE to train with this process alone"
         )
+    asked = asked_of_launcher()
+    if asked is not None and asked.processes > max(processes_started(), mpi_processes()):
+        raise UserError(
+            f"`accelerate launch` was asked for {asked.processes} processes ({asked.source}) and has started "
+            f"{processes_started()}: with --cpu, or without an accelerator, it starts one, and on several machines as "
+            "many on each. Launch with a file of config/accelerate, such as `accelerate launch --config_file "
+            "config/accelerate/ddp_cpu.yaml train.py ...`, or give --num_processes 1 to train with one"
+        )
 
 
 def shards_weights() -> bool:
     """Whether `accelerate launch` asks for FSDP or DeepSpeed, which give each process a part of every matrix."""
-    flags = (os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-    return any(str_to_bool(flag) for flag in flags)
+    return engine_told() is not None
 
 
 def leave_group() -> None:

@@ -19,7 +19,11 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def set_up_logging() -> None:
-    """Send the project's messages to standard error: INFO from the main process, ERROR from the others."""
+    """Send the project's messages to standard error: INFO from the main process, ERROR from the others, where libraries
+    too are held to errors, since what they warn of they warn of in every process."""
+    if not is_main_process():
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
     root = logging.getLogger("smolfactory")
     root.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     root.propagate = False
