@@ -53,6 +53,7 @@ def train(command: CommandLine) -> None:
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
+    from src.sharding import check_sharding
     from utils.distributed import check_launch
     from utils.hub import check_access
     from utils.reproducibility import environment
@@ -62,6 +63,7 @@ def train(command: CommandLine) -> None:
     started, config = time.perf_counter(), command.config
     pushes = config.hub.repo_id is not None and is_main_process()
     check_method(config.adapter)
+    check_sharding(config.model, config.adapter, config.optim)
     run = open_run(config.output, resume=command.resume, resume_from=command.resume_from)
     if pushes:
         check_access(config.hub.repo_id, private=config.hub.private, create=False)
@@ -278,9 +280,11 @@ def main() -> int:
         if command.print_config:
             print(format_config(command))
         else:
-            train(command)
-            from utils.distributed import leave_group  # loaded by now
+            from utils.distributed import leave_group  # which loads torch, as all below does
+            from utils.peers import lost_processes_told
 
+            with lost_processes_told(Path(command.config.output.folder) / command.config.output.name):
+                train(command)
             leave_group()
     except (ConfigError, UserError) as error:
         if not is_main_process():

@@ -152,9 +152,15 @@ def _gradients(config: AdapterConfig, base: PreTrainedModel) -> torch.Tensor:
         gradients = [torch.zeros_like(values) if values.grad is None else values.grad for values in trained]
         optimizer.step()
         for (name, values), old in zip(frozen, before, strict=True):
-            if values.shape == old.shape and not torch.equal(values, old):
+            if values.shape == old.shape and not torch.equal(_bits(values), _bits(old)):
                 raise UserError(f"the frozen {name} changed")
     return torch.cat([gradient.detach().flatten().float() for gradient in gradients])
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """What a tensor holds as bytes: 4-bit weights that stand in one of floats, as FSDP needs them, are NaNs in part,
+    which equal nothing."""
+    return values.detach().flatten().view(torch.uint8)
 
 
 def _variant(config: AdapterConfig) -> str:

@@ -40,10 +40,14 @@ def check_launch() -> None:
         )
 
 
+def asks_for_fsdp() -> bool:
+    """Whether `accelerate launch` asks for FSDP, which gives each process a part of every weight."""
+    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
 def shards_weights() -> bool:
-    """Whether `accelerate launch` asks for FSDP or DeepSpeed, which give each process a part of every matrix."""
-    flags = (os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-    return any(str_to_bool(flag) for flag in flags)
+    """Whether `accelerate launch` asks for FSDP or DeepSpeed, whose optimizers see a part of every matrix."""
+    return asks_for_fsdp() or bool(str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
 
 
 def leave_group() -> None:
