@@ -101,7 +101,7 @@ def _outcome(command: Command, rank: int) -> str:
 
 
 def _on_an_accelerator(own, *args):
-    """Trainer's settings, after which Accelerate takes the processes for those of a kind of device that it shards on."""
+    """Trainer's settings, after which Accelerate takes the processes for those of a device that it shards on."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 

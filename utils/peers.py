@@ -18,8 +18,8 @@ from utils.errors import UserError, in_one_line
 
 STEP_TIMEOUT_S = 600
 """Seconds that a process waits for the others in a step. What the processes do between two waits takes seconds, an
-evaluation's rows or a shard's file at most minutes. A link that is cut shows by nothing but this time, so it is also how
-long a run hangs then; it is torch's own for NCCL, and a third of what transformers gives all devices."""
+evaluation's rows or a shard's file at most minutes. A link that is cut shows by nothing but this time, so a run hangs
+for as long. It is torch's own for NCCL, and a third of what transformers gives all devices."""
 
 PATIENCE_S = 24 * 3600
 """The same where one may prepare data, read a model or hash a checkpoint that the others have no part in."""
