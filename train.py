@@ -107,7 +107,7 @@ def _arguments(config: RunConfig, run: "Run") -> "TrainingArguments":
     """Trainer's settings; the processes of a run find each other here."""
     from src.compilation import check_compilation
     from src.training_arguments import training_arguments
-    from utils.distributed import check_world, use_cores
+    from utils.distributed import check_shared_folder, check_world, use_cores
 
     args = training_arguments(
         run.path,
@@ -121,6 +121,8 @@ def _arguments(config: RunConfig, run: "Run") -> "TrainingArguments":
         resumes=run.checkpoint is not None,
     )
     check_world(args.world_size)
+    if config.training.save_every_steps:
+        check_shared_folder(run.path, args.device)
     check_compilation(config.training, args.device.type)
     threads = f", {use_cores(config.training.cpu_threads)} thread(s) each" if args.device.type == "cpu" else ""
     log.info("%d process(es) on %s%s; the run is written to %s", args.world_size, args.device.type, threads, run.path)

@@ -18,6 +18,7 @@ from src.adapter_methods import check_method, method_settings, peft_fields
 from src.adapter_paths import NEW, activate, continued, put_beside
 from src.adapter_starts import start_from_rounding_errors
 from src.adapter_targets import check_saved, matching, sides_of_a_tie, target_names, tied_names
+from utils.distributed import asks_for_fsdp
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -161,7 +162,8 @@ def _token_rows(
     """Rows of the embeddings and the head that train, by module: those of `trainable_tokens` and those that are new.
 
     Raises:
-        UserError: a token is none of the tokenizer's, or what it is a row of trains in another way.
+        UserError: a token is none of the tokenizer's, what it is a row of trains in another way, or FSDP cannot part
+            it.
     """
     rows = set() if first_new_row is None else set(range(first_new_row, model.get_input_embeddings().weight.shape[0]))
     if rows and "trainable_tokens" not in peft_fields(config.kind):
@@ -192,7 +194,14 @@ def _token_rows(
             f"adapter.trainable_tokens trains rows of {', '.join(whole + low)}, which trains in another way already; "
             "leave out adapter.trainable_tokens, or take it out of the modules"
         )
-    return {side: sorted(rows) for side in sides if rows and side not in whole + low}
+    rest = [side for side in sides if rows and side not in whole + low]
+    if rest and tied_names(model) and asks_for_fsdp():  # neither Accelerate nor torch finds the weight under PEFT's
+        raise UserError(
+            f"rows of single tokens do not train under FSDP in {type(model).__name__}, which uses one weight for its "
+            f"embeddings and its head; train that whole, by adapter.modules_to_save {rest[0].rsplit('.', 1)[-1]}, or "
+            "launch with config/accelerate/ddp.yaml"
+        )
+    return {side: sorted(rows) for side in rest}
 
 
 def layers_without_dropout(model: torch.nn.Module) -> list[LoraLayer]:
