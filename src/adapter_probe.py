@@ -21,6 +21,7 @@ from src.chat_setup import vocabulary_size
 from src.model import load_model
 from utils.distributed import accelerator_name
 from utils.errors import UserError
+from utils.launch import is_main_process
 
 WIDTH = 256
 """Of the small layer: a multiple of the blocks that methods cut weights into by default."""
@@ -45,14 +46,16 @@ _FAILURES = (
 
 
 def probe_adapter(config: AdapterConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take a step with the adapter beside small weights of the run's format.
+    """Take a step with the adapter beside small weights of the run's format; the main process alone does, as of several
+    transformers lets only the first write a checkpoint.
 
     Args:
         tokenizer: of the run.
     Raises:
         UserError: it fails beside these, and not beside plain ones, which tells that the format is the reason.
     """
-    if config.kind == "none" or model.quantization == "none" or config.path is not None:
+    plain = config.kind == "none" or model.quantization == "none" or config.path is not None
+    if plain or not is_main_process():
         return
     small = replace(
         config,

@@ -18,7 +18,7 @@ from src.adapter_methods import check_method, method_settings, peft_fields
 from src.adapter_paths import NEW, activate, continued, put_beside
 from src.adapter_starts import start_from_rounding_errors
 from src.adapter_targets import check_saved, matching, sides_of_a_tie, target_names, tied_names
-from utils.distributed import asks_for_fsdp
+from src.sharding import refuse_under_fsdp
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -138,7 +138,7 @@ def _check_ties(model: PreTrainedModel, config: AdapterConfig) -> None:
     be lost to the other when it is merged.
 
     Raises:
-        UserError: a target, or for another method than LoRA a module to save, is one side of a tie.
+        UserError: a target, or for another method than LoRA and under FSDP a module to save, is one side of a tie.
     """
     if sides := sides_of_a_tie(model, config.target_modules):
         raise UserError(
@@ -146,6 +146,8 @@ def _check_ties(model: PreTrainedModel, config: AdapterConfig) -> None:
             "embeddings and its head; name it in adapter.modules_to_save, which trains both as one, or leave it out"
         )
     sides = sides_of_a_tie(model, config.modules_to_save)
+    if sides:
+        refuse_under_fsdp(model, f"adapter.modules_to_save {', '.join(sides)}")
     if sides and config.kind != "lora":
         raise UserError(
             f"adapter.modules_to_save has {', '.join(sides)}, and {type(model).__name__} uses one weight for its "
@@ -195,12 +197,8 @@ def _token_rows(
             "leave out adapter.trainable_tokens, or take it out of the modules"
         )
     rest = [side for side in sides if rows and side not in whole + low]
-    if rest and tied_names(model) and asks_for_fsdp():  # neither Accelerate nor torch finds the weight under PEFT's
-        raise UserError(
-            f"rows of single tokens do not train under FSDP in {type(model).__name__}, which uses one weight for its "
-            f"embeddings and its head; train that whole, by adapter.modules_to_save {rest[0].rsplit('.', 1)[-1]}, or "
-            "launch with config/accelerate/ddp.yaml"
-        )
+    if rest and tied_names(model):
+        refuse_under_fsdp(model, "rows of single tokens")
     return {side: sorted(rows) for side in rest}
 
 

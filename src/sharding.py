@@ -44,6 +44,23 @@ def check_sharding(model: ModelConfig, adapter: AdapterConfig, optim: OptimConfi
         )
 
 
+def refuse_under_fsdp(model: torch.nn.Module, what: str) -> None:
+    """Refuse what PEFT wraps one side of a tied weight in: Accelerate ties the sides anew once it has dealt the weight
+    out, and transformers then looks for it under names that PEFT has taken.
+
+    Args:
+        model: one with a head that is its embeddings.
+    Raises:
+        UserError: FSDP was asked for.
+    """
+    if asks_for_fsdp():
+        raise UserError(
+            f"{what} cannot train under FSDP in {type(model).__name__}, which uses one weight for its embeddings and "
+            "its head; launch with config/accelerate/ddp.yaml, train all weights with adapter.kind=none, or use tokens "
+            "that the model has"
+        )
+
+
 def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A sharded model's weights by name, each under one name; every process calls this, and the main one gets them.
 
