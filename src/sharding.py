@@ -6,7 +6,10 @@ weights = gathered_weights(trainer)                         # whole, on the main
 Each entry was seen to fail, or to hold, in two processes under Accelerate's FSDP2 (tests/test_sharding.py).
 """
 
+from dataclasses import replace
+
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
 from config.schema import AdapterConfig, ModelConfig, OptimConfig
@@ -59,6 +62,16 @@ def refuse_under_fsdp(model: torch.nn.Module, what: str) -> None:
             "its head; launch with config/accelerate/ddp.yaml, train all weights with adapter.kind=none, or use tokens "
             "that the model has"
         )
+
+
+def sum_gradients_in_float32(trainer: Trainer) -> None:
+    """Have FSDP2 add up the processes' gradients in float32, as DDP does for float32 weights; Accelerate would have it
+    in the format of the products, in which a sum over many processes keeps 8 bits. To be called before training.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
 def gathered_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ from src.loss import SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
+from src.sharding import sum_gradients_in_float32
 from src.step_sums import StepSums
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
@@ -135,6 +136,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
         self._ready: ReadySteps | None = None  # reads the feed ahead of that
         self._patience = PatientGroup()
+        sum_gradients_in_float32(self)
         self.add_callback(FeedPlace(lambda: self.feed))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)

@@ -11,15 +11,11 @@ from utils.distributed import check_shared_folder
 from utils.errors import UserError
 from utils.peers import PatientGroup, lost_processes_told
 
-STEP_S = 4.0
+STEP_S = 3.0
 """Seconds that a process waits for the other in a step here."""
 
 
-def spawned(function, folder):
-    torch.multiprocessing.spawn(_joined, (function, folder), nprocs=2)
-
-
-def _joined(rank, function, folder):
+def one_of_two(rank, folder):
     torch.set_num_threads(1)
     (folder / f"there-{rank}").touch()
     while len(list(folder.glob("there-*"))) < 2:  # on a busy machine one starts long after the other
@@ -27,8 +23,17 @@ def _joined(rank, function, folder):
     timeout = timedelta(seconds=STEP_S)
     address = f"file://{folder / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timeout)
-    function(rank, folder)
+    share(rank, folder)
+    lose(rank, folder)
     os._exit(0)  # the groups are broken on purpose: nobody takes leave
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A folder with a file for each thing that two processes were told."""
+    folder = tmp_path_factory.mktemp("peers")
+    torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2)
+    return folder
 
 
 def reduce(group, note=None):
@@ -58,9 +63,8 @@ def lose(rank, folder):
     (folder / "told").touch()
 
 
-def test_who_is_silent_and_who_is_gone_is_told_and_who_works_alone_is_waited_for(tmp_path):
-    spawned(lose, tmp_path)
-    assert (tmp_path / "told").exists()
+def test_who_is_silent_and_who_is_gone_is_told_and_who_works_alone_is_waited_for(told):
+    assert (told / "told").exists()
 
 
 def share(rank, folder):
@@ -77,9 +81,8 @@ def share(rank, folder):
     torch.distributed.barrier()
 
 
-def test_sharded_checkpoints_are_refused_where_machines_share_no_folder(tmp_path):
-    spawned(share, tmp_path)
-    assert len(list(tmp_path.glob("done-*"))) == 2
+def test_sharded_checkpoints_are_refused_where_machines_share_no_folder(told):
+    assert len(list(told.glob("done-*"))) == 2
 
 
 def test_other_errors_keep_their_kind(tmp_path):

@@ -7,9 +7,11 @@ embeddings and the head. What cannot train so is refused before anything loads.
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from config.schema import AdapterConfig, ModelConfig, OptimConfig
 from src.adapter_probe import probe_adapter
 from src.adapters import add_adapter
-from src.sharding import PART_BY_PART, check_sharding
+from src.sharding import PART_BY_PART, check_sharding, sum_gradients_in_float32
 from tests.sharded_run import train_sharded
 from tests.tiny_run import (
     ARCHITECTURE,
@@ -203,6 +205,25 @@ def test_checkpoints_of_whole_weights_resume_a_sharded_run_too(tmp_path):
     weights, whole = weights_of(run / "model"), weights_of(tmp_path / "whole" / "model")
     assert weights.keys() == whole.keys()
     assert [name for name in weights if not torch.equal(weights[name], whole[name])] == []
+
+
+def sum_of_two(rank, folder):
+    """Both processes' gradients in bfloat16 are 1 and 2^-9, of which bfloat16 would keep the first alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    sum_gradients_in_float32(SimpleNamespace(is_fsdp_enabled=True, accelerator=SimpleNamespace(state=state)))
+    model = torch.nn.Linear(1, 2, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=plugin.mixed_precision_policy)
+    model(torch.tensor([[1.0 if rank == 0 else 2**-9]])).sum().backward()
+    assert model.weight.grad.full_tensor().tolist() == [[(1 + 2**-9) / 2]] * 2
+    leave_group()
+
+
+@pytest.mark.slow
+def test_gradients_of_products_in_bfloat16_are_added_up_in_float32(tmp_path):
+    torch.multiprocessing.spawn(sum_of_two, (tmp_path,), nprocs=2)
 
 
 @pytest.fixture
