@@ -50,6 +50,7 @@ def train(command: CommandLine) -> None:
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
+    from src.sharding import check_sharding
     from utils.distributed import accelerator_name, check_launch
     from utils.hub import check_access
     from utils.reproducibility import environment
@@ -62,6 +63,7 @@ def train(command: CommandLine) -> None:
     check_parallelism(packing=config.data.packing)
     pushes = config.hub.repo_id is not None and is_main_process()
     check_method(config.adapter)
+    check_sharding(config.model, config.adapter, config.optim)
     run = open_run(config.output, resume=command.resume, resume_from=command.resume_from)
     if pushes:
         check_access(config.hub.repo_id, private=config.hub.private, create=False)
@@ -105,7 +107,7 @@ def _arguments(config: RunConfig, run: "Run") -> "TrainingArguments":
     """Trainer's settings; the processes of a run find each other here."""
     from src.compilation import check_compilation
     from src.training_arguments import training_arguments
-    from utils.distributed import check_world, use_cores
+    from utils.distributed import check_shared_folder, check_world, use_cores
 
     args = training_arguments(
         run.path,
@@ -119,6 +121,8 @@ def _arguments(config: RunConfig, run: "Run") -> "TrainingArguments":
         resumes=run.checkpoint is not None,
     )
     check_world(args.world_size)
+    if config.training.save_every_steps:
+        check_shared_folder(run.path, args.device)
     check_compilation(config.training, args.device.type)
     threads = f", {use_cores(config.training.cpu_threads)} thread(s) each" if args.device.type == "cpu" else ""
     log.info("%d process(es) on %s%s; the run is written to %s", args.world_size, args.device.type, threads, run.path)
@@ -280,9 +284,11 @@ def main() -> int:
         if command.print_config:
             print(format_config(command))
         else:
-            train(command)
-            from utils.distributed import leave_group  # loaded by now
+            from utils.distributed import leave_group  # which loads torch, as all below does
+            from utils.peers import lost_processes_told
 
+            with lost_processes_told(Path(command.config.output.folder) / command.config.output.name):
+                train(command)
             leave_group()
     except (ConfigError, UserError) as error:
         if is_main_process():

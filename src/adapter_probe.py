@@ -21,6 +21,7 @@ from src.chat_setup import vocabulary_size
 from src.model import load_model
 from utils.distributed import accelerator_name
 from utils.errors import UserError
+from utils.launch import is_main_process
 
 WIDTH = 256
 """Of the small layer: a multiple of the blocks that methods cut weights into by default."""
@@ -45,14 +46,16 @@ _FAILURES = (
 
 
 def probe_adapter(config: AdapterConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take a step with the adapter beside small weights of the run's format.
+    """Take a step with the adapter beside small weights of the run's format; the main process alone does, as of several
+    transformers lets only the first write a checkpoint.
 
     Args:
         tokenizer: of the run.
     Raises:
         UserError: it fails beside these, and not beside plain ones, which tells that the format is the reason.
     """
-    if config.kind == "none" or model.quantization == "none" or config.path is not None:
+    plain = config.kind == "none" or model.quantization == "none" or config.path is not None
+    if plain or not is_main_process():
         return
     small = replace(
         config,
@@ -152,9 +155,15 @@ def _gradients(config: AdapterConfig, base: PreTrainedModel) -> torch.Tensor:
         gradients = [torch.zeros_like(values) if values.grad is None else values.grad for values in trained]
         optimizer.step()
         for (name, values), old in zip(frozen, before, strict=True):
-            if values.shape == old.shape and not torch.equal(values, old):
+            if values.shape == old.shape and not torch.equal(_bits(values), _bits(old)):
                 raise UserError(f"the frozen {name} changed")
     return torch.cat([gradient.detach().flatten().float() for gradient in gradients])
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """What a tensor holds as bytes: 4-bit weights that stand in one of floats, as FSDP needs them, are NaNs in part,
+    which equal nothing."""
+    return values.detach().flatten().view(torch.uint8)
 
 
 def _variant(config: AdapterConfig) -> str:

@@ -18,6 +18,7 @@ from src.adapter_methods import check_method, method_settings, peft_fields
 from src.adapter_paths import NEW, activate, continued, put_beside
 from src.adapter_starts import start_from_rounding_errors
 from src.adapter_targets import check_saved, matching, sides_of_a_tie, target_names, tied_names
+from src.sharding import refuse_under_fsdp
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -137,7 +138,7 @@ def _check_ties(model: PreTrainedModel, config: AdapterConfig) -> None:
     be lost to the other when it is merged.
 
     Raises:
-        UserError: a target, or for another method than LoRA a module to save, is one side of a tie.
+        UserError: a target, or for another method than LoRA and under FSDP a module to save, is one side of a tie.
     """
     if sides := sides_of_a_tie(model, config.target_modules):
         raise UserError(
@@ -145,6 +146,8 @@ def _check_ties(model: PreTrainedModel, config: AdapterConfig) -> None:
             "embeddings and its head; name it in adapter.modules_to_save, which trains both as one, or leave it out"
         )
     sides = sides_of_a_tie(model, config.modules_to_save)
+    if sides:
+        refuse_under_fsdp(model, f"adapter.modules_to_save {', '.join(sides)}")
     if sides and config.kind != "lora":
         raise UserError(
             f"adapter.modules_to_save has {', '.join(sides)}, and {type(model).__name__} uses one weight for its "
@@ -161,7 +164,8 @@ def _token_rows(
     """Rows of the embeddings and the head that train, by module: those of `trainable_tokens` and those that are new.
 
     Raises:
-        UserError: a token is none of the tokenizer's, or what it is a row of trains in another way.
+        UserError: a token is none of the tokenizer's, what it is a row of trains in another way, or FSDP cannot part
+            it.
     """
     rows = set() if first_new_row is None else set(range(first_new_row, model.get_input_embeddings().weight.shape[0]))
     if rows and "trainable_tokens" not in peft_fields(config.kind):
@@ -192,7 +196,10 @@ def _token_rows(
             f"adapter.trainable_tokens trains rows of {', '.join(whole + low)}, which trains in another way already; "
             "leave out adapter.trainable_tokens, or take it out of the modules"
         )
-    return {side: sorted(rows) for side in sides if rows and side not in whole + low}
+    rest = [side for side in sides if rows and side not in whole + low]
+    if rest and tied_names(model):
+        refuse_under_fsdp(model, "rows of single tokens")
+    return {side: sorted(rows) for side in rest}
 
 
 def layers_without_dropout(model: torch.nn.Module) -> list[LoraLayer]:

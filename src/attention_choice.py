@@ -12,11 +12,11 @@ from itertools import accumulate
 
 import torch
 from transformers import PreTrainedModel, utils
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from src.attention import DOCUMENTS, border_arguments, register_documents
 from src.kernels import VARLEN_OPTIONS
-from utils.distributed import accelerator_name
+from utils.distributed import accelerator_name, asks_for_fsdp
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -110,7 +110,7 @@ def prove_attention(
         UserError: the attention that was asked for by name does not compute what the model means, or does not keep
             documents apart.
     """
-    if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
+    if asks_for_fsdp() or is_deepspeed_zero3_enabled():
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
         if packing and kinds:
             _tell_unpacked(model, UserError(f"it has layers of the kind {', '.join(sorted(kinds))}"))

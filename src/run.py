@@ -23,6 +23,7 @@ from src.adapter_export import save_adapter
 from src.callbacks import clock
 from src.model_card import model_card
 from src.quantization import save_rounded
+from src.sharding import gathered_weights
 from utils.checkpoint_record import config_digest
 from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, valid_checkpoint
 from utils.errors import UserError
@@ -90,7 +91,7 @@ class Run:
         """
         # A sharded model is gathered on the main process, to which every process contributes.
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        weights = gathered_weights(trainer) if sharded else None
         if not is_main_process():
             return
         model = trainer.accelerator.unwrap_model(trainer.model)

@@ -36,6 +36,7 @@ from src.loss import SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
+from src.sharding import sum_gradients_in_float32
 from src.step_sums import StepSums
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
@@ -43,6 +44,7 @@ from utils.checkpointing import CheckpointWriter, state_bytes
 from utils.errors import UserError
 from utils.logging import get_logger
 from utils.metrics import Meter, matrix_rate, work_of
+from utils.peers import PatientGroup
 
 log = get_logger(__name__)
 
@@ -133,6 +135,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
         )
         self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
         self._ready: ReadySteps | None = None  # reads the feed ahead of that
+        self._patience = PatientGroup()
+        sum_gradients_in_float32(self)
         self.add_callback(FeedPlace(lambda: self.feed))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
@@ -156,8 +160,12 @@ class SFTTrainer(OptimizerHooks, Trainer):
             self.feed.load_state(json.loads((Path(resume_from_checkpoint) / STREAM).read_text(encoding="utf-8")))
         self._ready = self._new_steps()
         self.sums.take_unseen()
+        self._patience.wait()  # each has prepared its data and read its model by itself
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except RuntimeError as error:
+            error.add_note(f"in step {self.state.global_step + 1}")
+            raise
         finally:
             self._ready.close()
 
@@ -362,5 +370,5 @@ class SFTTrainer(OptimizerHooks, Trainer):
             if isinstance(self.feed, StreamFeed) and self.args.should_save:
                 folder = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
                 (folder / STREAM).write_text(json.dumps(self.feed.state()), encoding="utf-8")
-            self.accelerator.wait_for_everyone()
-        self.accelerator.wait_for_everyone()
+            self._patience.wait()
+        self._patience.wait()

@@ -14,6 +14,10 @@ from src.activations import check_offload
 from src.optim import check_installed, optimizer_arguments
 from utils.distributed import accelerator_name
 from utils.errors import UserError
+from utils.logging import get_logger
+from utils.peers import STEP_TIMEOUT_S
+
+log = get_logger(__name__)
 
 
 def uses_autocast(precision: str) -> tuple[bool, bool]:
@@ -94,8 +98,22 @@ def training_arguments(
         ignore_data_skip=True,  # the feed itself goes to the step that a resumed run is at
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
+        ddp_timeout=STEP_TIMEOUT_S,
         dataloader_pin_memory=accelerator_name() == "cuda",
         average_tokens_across_devices=False,  # the global step's tokens are counted here, not by Trainer
     )
+    _decide_precision(args)
     check_installed(args)
     return args
+
+
+def _decide_precision(args: TrainingArguments) -> None:
+    """Let the recipe alone decide the format of matrix products: transformers takes the launcher's where the recipe
+    asks for none, and a run in float32 would be one in bfloat16 under another name."""
+    decided = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+    if args.mixed_precision != decided:
+        log.warning(
+            "the launcher's mixed_precision: %s is passed over, as training.precision and model.dtype decide it here",
+            args.mixed_precision,
+        )
+        args.mixed_precision = decided

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from utils.checkpoint_record import RECORD, damage, size_of, write_record
@@ -104,12 +105,13 @@ def _problem(checkpoint: Path) -> str | None:
 def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """What a first checkpoint takes on the disk, at least: the weights that it holds and the optimizer's state.
 
-    Of a model with adapters these are the weights that train. State that is held in other than plain tensors, such as
-    one of 8 bits, is left out, as its size does not show.
+    Of a model with adapters these are the weights that train. Of what is sharded the whole counts, as the processes
+    write to one disk. State that is held in other tensors, such as one of 8 bits, is left out, as its size does not
+    show.
     """
     kept = (weight for weight in model.parameters() if weight.requires_grad or not isinstance(model, PeftModel))
     values = (value for state in optimizer.state.values() for value in state.values())
-    tensors = [*kept, *(value for value in values if type(value) is torch.Tensor)]
+    tensors = [*kept, *(value for value in values if type(value) in (torch.Tensor, DTensor))]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

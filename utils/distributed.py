@@ -7,7 +7,9 @@ check_world(processes=args.world_size)
 
 import gc
 import os
+import secrets
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +17,9 @@ import torch
 from utils.errors import UserError
 from utils.launch import processes_started
 from utils.launch_command import asked_of_launcher, engine_told, mpi_processes
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 LEAVE_S = 0.2
 """Seconds that the threads of a process group have to give up what they hold."""
@@ -47,6 +52,11 @@ def check_launch() -> None:
             "many on each. Launch with a file of config/accelerate, such as `accelerate launch --config_file "
             "config/accelerate/ddp_cpu.yaml train.py ...`, or give --num_processes 1 to train with one"
         )
+
+
+def asks_for_fsdp() -> bool:
+    """Whether `accelerate launch` asks for FSDP, which gives each process a part of every weight."""
+    return engine_told() == "FSDP"
 
 
 def shards_weights() -> bool:
@@ -98,3 +108,43 @@ def check_world(processes: int) -> None:
             "would train apart and overwrite each other. Launch with a file of config/accelerate, such as "
             "`accelerate launch --config_file config/accelerate/ddp_cpu.yaml train.py ...` on a machine without a GPU"
         )
+
+
+def check_shared_folder(run: Path, device: torch.device) -> None:
+    """Find out whether all processes write to one folder, and say what that means for checkpoints where they do not.
+
+    Every process of the group calls this together.
+
+    Args:
+        run: the run's directory, which the main process makes.
+        device: of this process's tensors.
+    Raises:
+        UserError: they do not, and each holds a part of the weights, so that no checkpoint would be whole anywhere.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    main = torch.distributed.get_rank() == 0
+    token = torch.tensor(secrets.randbits(62) if main else 0, device=device)
+    torch.distributed.broadcast(token, src=0)
+    mark = run / f".seen-{int(token)}"
+    if main:
+        run.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    torch.distributed.barrier()
+    seen = torch.tensor(int(mark.exists()), device=device)
+    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MIN)
+    if main:
+        mark.unlink()
+    if bool(seen):
+        return
+    found = f"{run} on the first machine is not {run} on every other"
+    if shards_weights():
+        raise UserError(
+            f"{found}, and a checkpoint of sharded weights is written by all processes into one folder; give an "
+            "output.folder on a disk that the machines share, or training.save_every_steps=None"
+        )
+    log.warning(
+        "%s: checkpoints stand on the first machine alone; copy one to the others, to the same place, before --resume. "
+        "What the others' processes drew at random, as dropout does, is not in it",
+        found,
+    )
