@@ -54,7 +54,7 @@ def train(command: CommandLine) -> None:
     from utils.distributed import accelerator_name, check_launch
     from utils.hub import check_access
     from utils.reproducibility import environment
-    from utils.sharded import check_engine, check_parallelism
+    from utils.engines import check_engine, check_parallelism
 
     disable_progress_bar()
     check_launch()
@@ -249,7 +249,7 @@ def _trainer(
     from src.compilation import CompiledLayers
     from src.loss import SupervisedLoss
     from src.trainer import SFTTrainer
-    from utils.sharded import Sharded
+    from utils.engines import Sharded
 
     training = config.training
     metrics = MetricsFile(run.path / "metrics.jsonl")
