@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config.effects import effect_of
+from config.effects import effect_of, row_order_settings
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
 from config.schema import ModelConfig, RunConfig
 from utils.errors import UserError
@@ -264,6 +264,7 @@ def _trainer(
         neftune_alpha=training.neftune_alpha,
         activation_offload=training.activation_offload,
         score=score,
+        order_settings=row_order_settings(to_dict(config)),
         callbacks=[Progress(), metrics, answers],
     )
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))

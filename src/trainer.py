@@ -10,9 +10,8 @@ accumulation step. Packs come in an order that depends on the seed alone.
 
 import contextlib
 import functools
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from src.loss import SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
+from src.row_order import RowOrder
 from src.step_sums import StepSums
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
@@ -45,9 +45,6 @@ from utils.logging import get_logger
 from utils.metrics import Meter, matrix_rate, work_of
 
 log = get_logger(__name__)
-
-STREAM = "stream.json"
-"""A checkpoint's file that says where the stream of rows stands."""
 
 
 def _whole(step: ReadyStep) -> ReadyStep:
@@ -85,6 +82,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         score: SupervisedLoss | None = None,
         neftune_alpha: float | None = None,
         activation_offload: bool = False,
+        order_settings: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -95,6 +93,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             score: what is minimized. None: the negative log-likelihood.
             neftune_alpha: size of the noise on embeddings; see `src.noise`.
             activation_offload: whether activations wait in host memory, of a GPU; see `src.activations`.
+            order_settings: what of the run's settings decides which rows a step learns; see `src.row_order`.
         Raises:
             UserError: several GPUs are visible to one process.
         """
@@ -131,6 +130,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             processes=args.world_size,
             process=args.process_index,
         )
+        self.order = RowOrder(dict(order_settings or {}) | {"processes": args.world_size})
         self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
         self._ready: ReadySteps | None = None  # reads the feed ahead of that
         self.add_callback(FeedPlace(lambda: self.feed))
@@ -152,8 +152,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
             self.checkpoints.discard_unfinished()
         self.feed = self._new_feed()
         self.args.max_steps = self.feed.steps
-        if isinstance(self.feed, StreamFeed) and resume_from_checkpoint:
-            self.feed.load_state(json.loads((Path(resume_from_checkpoint) / STREAM).read_text(encoding="utf-8")))
+        if resume_from_checkpoint:
+            self.order.restore(Path(resume_from_checkpoint), self.feed)
         self._ready = self._new_steps()
         self.sums.take_unseen()
         try:
@@ -310,7 +310,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
                 logs["objective"] = objective
             if self.score.router:
                 logs["router_aux_loss"] = routers
-            logs |= self.sums.speed() | {"tokens": self.state.num_input_tokens_seen}
+            logs |= self.sums.speed() | {"tokens": self.state.num_input_tokens_seen, "batches": self.feed.mark.chain}
             self.sums.clear()
         super().log(logs, start_time)
 
@@ -359,8 +359,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         size = 0 if self.is_deepspeed_enabled else state_bytes(self.accelerator.unwrap_model(model), self.optimizer)
         with self.checkpoints.writing(self.state.global_step, main=self.args.should_save, expected_bytes=size):
             super()._save_checkpoint(model, trial)
-            if isinstance(self.feed, StreamFeed) and self.args.should_save:
-                folder = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
-                (folder / STREAM).write_text(json.dumps(self.feed.state()), encoding="utf-8")
+            if self.args.should_save:
+                self.order.write(self.checkpoints.staging / f"checkpoint-{self.state.global_step}", self.feed)
             self.accelerator.wait_for_everyone()
         self.accelerator.wait_for_everyone()
