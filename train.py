@@ -7,6 +7,7 @@ python train.py --config config/smol.py --optim.learning_rate 1e-3 --print-confi
 python train.py --help
 """
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def train(command: CommandLine) -> None:
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
+    from src.stopping import stoppable
     from utils.distributed import check_launch
     from utils.hub import check_access
     from utils.reproducibility import environment
@@ -90,7 +92,8 @@ def train(command: CommandLine) -> None:
     if config.adapter.init == "eva" and run.checkpoint is None:
         start_from_batches(trainer.accelerator.unwrap_model(trainer.model), trainer.first_batches(FIRST_BATCHES))
     parameters = count_parameters(model)
-    trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    with stoppable(trainer, config.training.grace_period_s):
+        trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     if stream:  # what became of its rows is known only now
         run.record("data.json", train_packs.report(data.report, trainer.feed.mark.tallies) | packs)
     if eval_packs:
@@ -271,23 +274,39 @@ def _trainer(
     return trainer
 
 
+def _trained(command: CommandLine) -> int:
+    """Train, and return the exit code."""
+    from src.stopping import StoppedError
+    from utils.distributed import leave_group
+
+    code = 0
+    try:
+        train(command)
+    except StoppedError as stopped:
+        log.info("%s", stopped)
+        code = stopped.exit_code
+    leave_group()
+    return code
+
+
 def main() -> int:
-    """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first."""
+    """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first, and 128 and a
+    signal's number when that has ended it."""
     set_up_logging()
     try:
         command = read_command_line(sys.argv[1:])
         if command.print_config:
             print(format_config(command))
         else:
-            train(command)
-            from utils.distributed import leave_group  # loaded by now
-
-            leave_group()
+            return _trained(command)
     except (ConfigError, UserError) as error:
         if not is_main_process():
             time.sleep(OTHERS_WAIT_S)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: SIGINT ended the run outside of its training steps; nothing was saved for it", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

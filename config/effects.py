@@ -17,6 +17,7 @@ NO_EFFECT = (
     "hub",
     "output",
     "tracking",
+    "training.grace_period_s",
     "training.keep_checkpoints",
     "training.log_every_steps",
     "training.save_every_steps",

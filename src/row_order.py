@@ -60,7 +60,9 @@ class RowOrder:
         step, path = step_of(checkpoint), checkpoint / ORDER
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         if content is None:
-            log.warning("%s has no %s, as those of older runs have none; the order of rows is not checked", checkpoint, ORDER)
+            log.warning(
+                "%s has no %s, as those of older runs have none; the order of rows is not checked", checkpoint, ORDER
+            )
         if isinstance(feed, StreamFeed):
             settings = content["settings"] if content else None
             feed.stream.tell_others = lambda what: self._tell_others(what, checkpoint, settings)

@@ -10,6 +10,7 @@ accumulation step. Packs come in an order that depends on the seed alone.
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ from utils.logging import get_logger
 from utils.metrics import Meter, matrix_rate, work_of
 
 log = get_logger(__name__)
+
+SUMS = "sums.json"
+"""A checkpoint's file with the losses since the last logged line."""
 
 
 def _whole(step: ReadyStep) -> ReadyStep:
@@ -154,10 +158,14 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self.args.max_steps = self.feed.steps
         if resume_from_checkpoint:
             self.order.restore(Path(resume_from_checkpoint), self.feed)
+            if (sums := Path(resume_from_checkpoint) / SUMS).is_file():  # an older checkpoint has none
+                self.sums.load_state(json.loads(sums.read_text(encoding="utf-8")), self.accelerator)
         self._ready = self._new_steps()
         self.sums.take_unseen()
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self.checkpoints.finish()
+            return result
         finally:
             self._ready.close()
 
@@ -220,6 +228,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], torch.zeros((), dtype=torch.int64, device=device)
+        self.checkpoints.raise_failure()
         step: ReadyStep = next(epoch_iterator)
         assert len(step.batches) == num_batches, "a run has whole steps only"
         self.feed.stand_at(step.mark)
@@ -357,9 +366,13 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._update_tokens_seen()
         # DeepSpeed's optimizer keeps its state where only its own methods find it.
         size = 0 if self.is_deepspeed_enabled else state_bytes(self.accelerator.unwrap_model(model), self.optimizer)
+        self.checkpoints.finish()  # the one before, which only the main process knows of
+        self.accelerator.wait_for_everyone()
         with self.checkpoints.writing(self.state.global_step, main=self.args.should_save, expected_bytes=size):
             super()._save_checkpoint(model, trial)
+            sums = self.sums.state(self.accelerator)
             if self.args.should_save:
-                self.order.write(self.checkpoints.staging / f"checkpoint-{self.state.global_step}", self.feed)
+                folder = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
+                self.order.write(folder, self.feed)
+                (folder / SUMS).write_text(json.dumps(sums), encoding="utf-8")
             self.accelerator.wait_for_everyone()
-        self.accelerator.wait_for_everyone()

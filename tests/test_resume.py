@@ -182,6 +182,7 @@ def written(writer, step, size=1000, **arguments):
         folder = writer.staging / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "state.bin").write_bytes(bytes(size))
+    writer.finish()
 
 
 def names(run):
