@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from utils.checkpoint_record import RECORD, damage, size_of, write_record
 from utils.errors import UserError
-from utils.files import is_write_failure, sync
+from utils.files import is_write_failure, remove_unfinished, sync
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -138,8 +138,9 @@ class CheckpointWriter:
         self._failure: Exception | None = None
 
     def discard_unfinished(self) -> None:
-        """Remove what a run left that was killed while it wrote a checkpoint; the main process alone calls this."""
+        """Remove what a run left that was killed while it wrote; the main process alone calls this."""
         shutil.rmtree(self.staging, ignore_errors=True)
+        remove_unfinished(self.run)
 
     @contextlib.contextmanager
     def writing(self, step: int, *, main: bool, expected_bytes: int = 0) -> Iterator[None]:
