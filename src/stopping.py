@@ -50,6 +50,8 @@ def stoppable(trainer: Trainer, grace_period_s: float) -> Iterator[None]:
     trainer.add_callback(GracePeriod(grace_period_s, lambda: trainer.checkpoints.seconds))
     try:
         yield
+        if trainer.args.save_strategy != "no":  # the last step is saved: what is left to do can be done later
+            stop.agree()
         if stop.signal:
             stop.wait_for_all()
     finally:
@@ -84,7 +86,7 @@ class StopWhenAsked(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.signal = self._agreed()
+        self.agree()
         if self.signal:
             control.should_save = control.should_training_stop = True
 
@@ -94,13 +96,14 @@ class StopWhenAsked(TrainerCallback):
         if self._group is not None:
             distributed.barrier(group=self._group)
 
-    def _agreed(self) -> int:
-        """The greatest number of a signal that a process was sent."""
+    def agree(self) -> None:
+        """Learn of the signals that all processes were sent, each of which calls this; the greatest number counts."""
         if self._group is None:
-            return self.asked.signal
+            self.signal = self.asked.signal
+            return
         number = torch.tensor([self.asked.signal])
         distributed.all_reduce(number, distributed.ReduceOp.MAX, group=self._group)
-        return int(number)
+        self.signal = int(number)
 
 
 def too_short_grace(step_s: float, save_s: float, grace_period_s: float, evaluation_s: float = 0.0) -> str | None:

@@ -1,6 +1,6 @@
 """Real processes of `train.py` that start at once: a server imports everything, and forks one for each run.
 
-with ForkServer() as server:
+with ForkServer() as server:              # in tests: the fixture `fork_server`
     child = server.start(["--config", "recipe.yaml"], log=Path("log"))
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import threading
@@ -70,6 +71,27 @@ class ForkServer:
         """
         asked = {"argv": list(map(str, arguments)), "log": str(log), "environment": environment or {}, "die": die}
         return Child(self.ask(asked), self)
+
+    def start_all(self, arguments, *, processes: int, log: Path) -> list[Child]:
+        """Run `train.py` as a launcher starts it, in so many processes; each writes to `log` with its rank added."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "ACCELERATE_MIXED_PRECISION": "no",
+        }
+        return [
+            self.start(
+                arguments,
+                log=log.with_name(f"{log.name}{rank}"),
+                environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(processes)
+        ]
 
     def ask(self, asked: dict) -> int:
         self._process.stdin.write(json.dumps(asked) + "\n")

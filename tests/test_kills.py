@@ -22,12 +22,6 @@ STATE = ("model.safetensors", "adapter_model.safetensors", "optimizer.pt", "sche
 """Files of the last checkpoint that two equal runs write byte for byte."""
 
 
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
-
-
 class Killed:
     """A run in which every process but the last is killed, and the run beside it that is not."""
 
@@ -42,22 +36,31 @@ class Killed:
             training |= {"max_steps": STEPS, "accumulation_steps": 1}
             sections = {"data": {"streaming": True, "stream_window_rows": 8}}
         self.recipe = two_epochs(folder, "lora" if kind == "lora" else "full", training=training, **sections)
-        started = time.monotonic()
         die = {"at": 0, "by": 0, "below": str(self.run("whole"))}
-        assert self.start("whole", die=die).wait() == 0, self.said()
-        self.seconds = time.monotonic() - started
+        whole = self.start("whole", die=die)
+        self.wait_for_a_step()
+        started = time.monotonic()
+        assert whole.wait() == 0, self.said()
+        self.seconds = time.monotonic() - started  # from the first line of a step to the end
         self.events = int(re.findall(r"^(\d+) events", self.said(), re.MULTILINE)[-1])
 
     def run(self, name: str) -> Path:
         return self.folder / "outputs" / name
 
     def said(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+        log = self.folder / "log"
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def start(self, name: str, *arguments: str, **more) -> Child:
         (self.folder / "log").unlink(missing_ok=True)
         arguments = ("--config", self.recipe, "--output.name", name, *arguments)
         return self.server.start(arguments, log=self.folder / "log", **more)
+
+    def wait_for_a_step(self) -> None:
+        """Wait until the process that was started last has said what came of a step, or of the whole run."""
+        deadline = time.monotonic() + 120
+        while not re.search(r"/9  (eval )?loss |result is in|error: ", self.said()) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def resume(self, name: str, **more) -> Child:
         """Go on with a run as its user would: anew, where there is no checkpoint yet."""
@@ -71,17 +74,14 @@ class Killed:
         """Start a process of a run, and kill it at a random file operation or at a random time."""
         number = self.random.choice(SIGNALS)
         run = self.run(name)
+        shutil.rmtree(run / ".checkpoint", ignore_errors=True)  # so that one is of this process
         if self.random.random() < 0.6:
             die = {"at": self.random.randint(1, self.events), "by": number, "below": str(run)}
             code = self.resume(name, die=die).wait()
         else:
-            metrics = run / "metrics.jsonl"
-            before = metrics.stat().st_mtime_ns if metrics.exists() else 0
             child = self.resume(name)
-            deadline = time.monotonic() + self.random.uniform(0, self.seconds)
-            while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
-                time.sleep(0.001)
-            time.sleep(self.random.uniform(0, self.seconds / 8))
+            self.wait_for_a_step()
+            time.sleep(self.random.uniform(0, self.seconds))
             os.kill(child.pid, number)
             code = child.wait()
         if code == 0:
@@ -92,8 +92,15 @@ class Killed:
             assert code == 128 + number
             assert (run / f"checkpoint-{saved[1]}").is_dir()
             assert not (run / ".checkpoint").exists()
-        where = f"after step {saved[1]}" if saved else "saving" if (run / ".checkpoint").exists() else "elsewhere"
-        self.kills.append(f"{number.name} {where}")
+        self.kills.append(f"{number.name} {self.where(run, saved and saved[1])}")
+
+    def where(self, run: Path, saved: str | None) -> str:
+        """What a process was at when it was killed."""
+        if saved:
+            return f"after step {saved}"
+        if (run / ".checkpoint").exists():
+            return "saving"
+        return "training" if "/9  loss " in self.said() else "before the first line, or after the last step"
 
     def live(self, name: str, kills: int) -> None:
         """Kill a run so often, let it end, and compare it with the one that was never stopped."""
@@ -110,17 +117,17 @@ class Killed:
         assert sorted(path.name for path in run.glob(".*")) == []
 
 
-def test_a_run_killed_four_times_ends_as_one_never_stopped(server, tmp_path):
-    killed = Killed(server, tmp_path, "full", seed=int(os.environ.get("KILL_SEED", "4")))
+def test_a_run_killed_four_times_ends_as_one_never_stopped(fork_server, tmp_path):
+    killed = Killed(fork_server, tmp_path, "full", seed=int(os.environ.get("KILL_SEED", "4")))
     killed.live("run", 4)
     assert len(killed.kills) >= 2, killed.kills
 
 
 @pytest.mark.slow
-def test_thirty_kills_change_nothing(server, tmp_path):
+def test_thirty_kills_change_nothing(fork_server, tmp_path):
     kills = []
     for kind in ("full", "lora", "stream"):
-        killed = Killed(server, tmp_path / kind, kind, seed=int(os.environ.get("KILL_SEED", "0")))
+        killed = Killed(fork_server, tmp_path / kind, kind, seed=int(os.environ.get("KILL_SEED", "0")))
         for number in range(4):
             killed.live(f"run{number}", 4)
         print(kind, killed.kills)
