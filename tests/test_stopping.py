@@ -8,6 +8,7 @@ import time
 import pytest
 
 from src.stopping import too_short_grace
+from tests.test_launch import launch_command, start
 from tests.tiny_run import run_train, write_recipe
 from utils.checkpointing import checkpoints
 
@@ -78,3 +79,15 @@ def test_a_grace_period_is_compared_with_a_step_and_a_checkpoint_and_an_evaluati
     assert too_short_grace(10.0, 20.0, 30.0) is None
     assert "needs up to 30.5 s (step 10.0 s + checkpoint 20.5 s), more than" in too_short_grace(10.0, 20.5, 30.0)
     assert "needs up to 31.0 s (step 10.0 s + checkpoint 20.0 s + evaluation 1.0 s)" in too_short_grace(10, 20, 30, 1)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_asked_to_end_has_its_processes_save_first(tmp_path):
+    recipe = write_recipe(tmp_path, training={"max_steps": 5000, "save_every_steps": 4000, "micro_batch_rows": 1})
+    log, run = tmp_path / "log", tmp_path / "outputs" / "run"
+    launcher = start(launch_command("--config", recipe), log)
+    wait_for(log, r"step 3/5000  loss")
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(120) not in (0, None)
+    step = re.search(r"stopped by SIGTERM after step (\d+), which is saved", log.read_text())[1]
+    assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}"]
