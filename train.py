@@ -7,6 +7,7 @@ python train.py --config config/smol.py --optim.learning_rate 1e-3 --print-confi
 python train.py --help
 """
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config.effects import effect_of
+from config.effects import effect_of, row_order_settings
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
 from config.schema import ModelConfig, RunConfig
 from utils.errors import UserError
@@ -51,10 +52,11 @@ def train(command: CommandLine) -> None:
     from src.packing import PackedRows
     from src.run import open_run, publish
     from src.sharding import check_sharding
+    from src.stopping import stoppable
     from utils.distributed import accelerator_name, check_launch
+    from utils.engines import check_engine, check_parallelism
     from utils.hub import check_access
     from utils.reproducibility import environment
-    from utils.engines import check_engine, check_parallelism
 
     disable_progress_bar()
     check_launch()
@@ -92,7 +94,8 @@ def train(command: CommandLine) -> None:
     if config.adapter.init == "eva" and run.checkpoint is None:
         start_from_batches(trainer.accelerator.unwrap_model(trainer.model), trainer.first_batches(FIRST_BATCHES))
     parameters = count_parameters(model)
-    trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    with stoppable(trainer, config.training.grace_period_s):
+        trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     if stream:  # what became of its rows is known only now
         run.record("data.json", train_packs.report(data.report, trainer.feed.mark.tallies) | packs)
     if eval_packs:
@@ -269,14 +272,33 @@ def _trainer(
         neftune_alpha=training.neftune_alpha,
         activation_offload=training.activation_offload,
         score=score,
+        order_settings=row_order_settings(to_dict(config)),
         callbacks=[Sharded(), Progress(), metrics, answers],
     )
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))
     return trainer
 
 
+def _trained(command: CommandLine) -> int:
+    """Train, and return the exit code."""
+    from src.stopping import StoppedError
+    from utils.distributed import leave_group
+    from utils.peers import lost_processes_told
+
+    code = 0
+    try:
+        with lost_processes_told(Path(command.config.output.folder) / command.config.output.name):
+            train(command)
+    except StoppedError as stopped:
+        log.info("%s", stopped)
+        code = stopped.exit_code
+    leave_group()
+    return code
+
+
 def main() -> int:
-    """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first."""
+    """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first, and 128 and a
+    signal's number when that has ended it."""
     set_up_logging()
     name_failing_process()
     try:
@@ -284,12 +306,7 @@ def main() -> int:
         if command.print_config:
             print(format_config(command))
         else:
-            from utils.distributed import leave_group  # which loads torch, as all below does
-            from utils.peers import lost_processes_told
-
-            with lost_processes_told(Path(command.config.output.folder) / command.config.output.name):
-                train(command)
-            leave_group()
+            return _trained(command)
     except (ConfigError, UserError) as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
@@ -297,6 +314,9 @@ def main() -> int:
             time.sleep(OTHERS_WAIT_S)
             print(f"error: {error} ({this_process()})", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: SIGINT ended the run outside of its training steps; nothing was saved for it", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -155,6 +155,10 @@ class TrainingConfig:
     keep_checkpoints: int = limited(2, ge=1)
     """Newest checkpoints kept on disk, at least 1."""
 
+    grace_period_s: float = limited(30.0, gt=0)
+    """Seconds from the signal that ends a job to its kill, above 0: 30 is what Slurm (KillWait), Kubernetes and
+    Google's spot machines give. A run that needs more to finish its step and save says so."""
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:

@@ -5,13 +5,15 @@
     feed.go_to(step=100)
     for packs in feed:                       # this process's micro-batches from there on: lists of packs
         batch = collator(packs)
+    feed.mark.chain                          # stands for all rows of the steps that were taken, in their order
 
 The micro-batches of an epoch stand in one order for all processes. A step takes as many after one another as it has in
 all, and process r of W takes the r-th of every W. So a step learns the same however it is split over processes and
-accumulation steps.
+accumulation steps. A chain of hashes over the rows of all processes tells two orders apart, and no two such splits.
 """
 
 import bisect
+import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch.utils.data import IterableDataset
 
 from src.packing import FILLER, PackedRows
 from utils.ahead import Halt
+from utils.hash_chain import START, extended
 
 SORTED_TOGETHER = 32
 """Micro-batches' worth of packs that are sorted by length together, though never more than a quarter of all. The more
@@ -84,6 +87,14 @@ def micro_batches(lengths: np.ndarray, split: StepSplit, random: np.random.Gener
     return [batches[index] for index in random.permutation(len(batches))]
 
 
+@dataclass(frozen=True)
+class PackMark:
+    """Where a feed stands: the steps that were taken, and the chain of their rows."""
+
+    step: int = 0
+    chain: str = START
+
+
 class PackFeed(IterableDataset):
     """The packs of a data set, epoch after epoch, each in an order of its own.
 
@@ -103,7 +114,7 @@ class PackFeed(IterableDataset):
         self.split = split
         self.seed = seed
         self._ends: list[int] = []  # the steps at which epochs end
-        self._step = 0
+        self.mark = PackMark()
         whole, part = divmod(epochs, 1)
         last = math.ceil(round(part * self._steps_of(int(whole)), 6))
         self.steps = max_steps or sum(map(self._steps_of, range(int(whole)))) + last
@@ -114,7 +125,20 @@ class PackFeed(IterableDataset):
 
     def go_to(self, step: int) -> None:
         """Choose the step, from 0, that is fed next."""
-        self._step = step
+        if step != self.mark.step:
+            self.mark = PackMark(step, self.chain_at(step))
+
+    def chain_at(self, step: int, since: PackMark | None = None) -> str:
+        """The chain once so many steps are taken, of which none is fed for that.
+
+        Args:
+            since: where the chain is known, and from where on rows have this feed's order. None: the start.
+        """
+        since = since or PackMark()
+        chain = since.chain
+        for packs in itertools.islice(self._steps_from(since.step), step - since.step):
+            chain = self._extended(chain, packs)
+        return chain
 
     def epoch_at(self, step: int) -> float:
         """Epochs that are done once so many steps are, with the share of the one that goes on."""
@@ -122,36 +146,47 @@ class PackFeed(IterableDataset):
         start = self._ends[epoch - 1] if epoch else 0
         return epoch + (step - start) / (self._ends[epoch] - start)
 
-    def stand_at(self, mark: int) -> None:
+    def stand_at(self, mark: PackMark) -> None:
         """Note the steps that were taken."""
-        self._step = mark
+        self.mark = mark
 
     def steps_left(self) -> int:
         """Steps from where the feed stands to the end of the run."""
-        return max(0, self.steps - self._step)
+        return max(0, self.steps - self.mark.step)
 
     def __iter__(self) -> Iterator[Packs]:
         for micro_batches, _ in self.marked_steps():
             yield from micro_batches
 
-    def marked_steps(self, halt: Halt | None = None) -> Generator[tuple[list[Packs], int], None, None]:
+    def marked_steps(self, halt: Halt | None = None) -> Generator[tuple[list[Packs], PackMark], None, None]:
         """This process's micro-batches, step by step from where the feed stands, without end.
 
         Args:
             halt: not needed, as no step takes long to make.
         Returns:
-            A step's micro-batches, and the mark that `stand_at` takes once they train: how many steps that makes.
+            A step's micro-batches, and the mark that `stand_at` takes once they train.
         """
-        done = self._step
-        epoch = self._epoch_of(done)
-        step = done - (self._ends[epoch - 1] if epoch else 0)
+        mark = self.mark
+        for batches in self._steps_from(mark.step):
+            mark = PackMark(mark.step + 1, self._extended(mark.chain, batches))
+            yield [[self.packs[index] for index in batch] for batch in self.split.share(batches)], mark
+
+    def _steps_from(self, step: int) -> Generator[list[list[int]], None, None]:
+        """The micro-batches of all processes together, each a list of packs' indices, step by step without end."""
+        epoch = self._epoch_of(step)
+        done = step - (self._ends[epoch - 1] if epoch else 0)
         while True:
             batches = self.epoch(epoch)
-            for first in range(step * self.split.micro_batches, len(batches), self.split.micro_batches):
-                share = self.split.share(batches[first : first + self.split.micro_batches])
-                done += 1
-                yield [[self.packs[index] for index in batch] for batch in share], done
-            epoch, step = epoch + 1, 0
+            for first in range(done * self.split.micro_batches, len(batches), self.split.micro_batches):
+                yield batches[first : first + self.split.micro_batches]
+            epoch, done = epoch + 1, 0
+
+    def _extended(self, chain: str, batches: Sequence[Sequence[int]]) -> str:
+        """The chain after a step: which rows share a pack, their places in the table, and their tokens."""
+        packs = [self.packs.packs[index] for batch in batches for index in batch if index != FILLER]
+        rows = np.fromiter(itertools.chain.from_iterable(packs), dtype=np.int64)
+        sizes = np.fromiter(map(len, packs), dtype=np.int64, count=len(packs))
+        return extended(chain, sizes, rows, self.packs.lengths[rows])
 
     def epoch(self, number: int) -> list[list[int]]:
         """The micro-batches of an epoch, of all processes together, each a list of packs' indices."""

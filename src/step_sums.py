@@ -8,7 +8,8 @@ sums.clear()
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +33,7 @@ class StepSums:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._loss = torch.zeros(3, dtype=wide, device=device)  # negative log-likelihood, objective, routers'
         self._steps = 0
+        self._timed = False  # whether the time of these steps is counted
 
     def begin_step(self, counts: torch.Tensor, counted: Sequence[Counted]) -> None:
         """Add an optimizer step's tokens.
@@ -40,8 +42,8 @@ class StepSums:
             counts: int64, (2,): supervised tokens and tokens of all processes, on the device.
             counted: what is in each micro-batch of this process.
         """
-        if self._steps == 0:
-            self._since = time.perf_counter()
+        if not self._timed:
+            self._since, self._timed = time.perf_counter(), True
         for one in counted:
             self.meter.add(one)
         self._tokens += counts
@@ -63,6 +65,18 @@ class StepSums:
         nll, objective, routers = (accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)).tolist()
         return nll, objective, routers
 
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """What `load_state` needs for the next line to tell of the steps before a checkpoint too, as plain JSON; every
+        process calls this."""
+        return {"steps": self._steps, "losses": accelerator.gather(self._loss[None]).tolist()}
+
+    def load_state(self, content: Mapping[str, Any], accelerator: Accelerator) -> None:
+        """Go on with the sums of a checkpoint; speed is that of the steps from here on."""
+        losses = torch.tensor(content["losses"], dtype=self._loss.dtype)
+        same = len(losses) == accelerator.num_processes  # else each takes the mean, which sums up to the same
+        self._loss.copy_(losses[accelerator.process_index] if same else losses.mean(dim=0))
+        self._steps = content["steps"]
+
     def speed(self) -> dict[str, float]:
         """Tokens and supervised tokens a second of all processes, and what the meter tells."""
         seconds = max(1e-9, time.perf_counter() - self._since)
@@ -81,5 +95,6 @@ class StepSums:
         """Start the sums again; tokens that the state knows nothing of stay."""
         self._loss.zero_()
         self._steps = 0
+        self._timed = False
         self._tokens.zero_()
         self.meter.clear()

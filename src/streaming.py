@@ -9,7 +9,8 @@ A window of rows is read, rendered, tokenized and packed, and its packs are give
 a run has the next one made meanwhile. What was left in packs that could not be filled goes into the next window.
 Nothing is written, and no more than two windows are held. Each process reads the whole stream and takes its own share
 of every step, so the order does not depend on how many they are. Where it stands is saved with each checkpoint; a
-resumed run reads its sources again up to there, without tokenizing what comes before.
+resumed run reads its sources again up to there, without tokenizing what comes before, and compares what it reads with
+hashes that were saved as well.
 """
 
 import contextlib
@@ -33,8 +34,10 @@ from src.mixing import rows_of_a_window
 from src.packing import best_fit_bins
 from src.preparation import OpenSource, Preparation
 from src.sources import Row
+from src.stream_place import ChainedRows, Place, TokenArrays
 from utils.ahead import Ahead, Halt
 from utils.errors import UserError
+from utils.hash_chain import START, extended
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -44,45 +47,6 @@ LEFT_OVER_PACKS = 64
 
 FILLED = 0.98
 """Share of its room from which a pack counts as full, so that its rows are not kept."""
-
-TokenArrays = tuple[np.ndarray, np.ndarray]
-"""A row's ids and labels, each int32."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a stream stands before a window: what is known of all windows before it.
-
-    `rows_read` counts what each source has given in this epoch; `tallies` are the counts of the first epoch's rows.
-    """
-
-    epoch: int
-    window: int
-    rows_read: tuple[int, ...]
-    tallies: tuple[Tally, ...]
-    left_over: tuple[TokenArrays, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """The place as plain JSON."""
-        return {
-            "epoch": self.epoch,
-            "window": self.window,
-            "rows_read": list(self.rows_read),
-            "tallies": [tally.as_json() for tally in self.tallies],
-            "left_over": [[array.tolist() for array in row] for row in self.left_over],
-        }
-
-    @classmethod
-    def of_json(cls, content: dict[str, Any]) -> "Place":
-        """The place that `as_json` told."""
-        rows = (tuple(np.array(part, dtype=np.int32) for part in row) for row in content["left_over"])
-        return cls(
-            content["epoch"],
-            content["window"],
-            tuple(content["rows_read"]),
-            tuple(Tally.of_json(tally) for tally in content["tallies"]),
-            tuple(rows),
-        )
 
 
 class RowStream:
@@ -98,6 +62,8 @@ class RowStream:
         self.sources = sources
         self.preparation = preparation
         self.start = Place(0, 0, (0,) * len(sources), tuple(Tally() for _ in sources))
+        self.tell_others: Callable[[str], None] = _refuse_others
+        """Told what is found where rows that are read again are not those that were read before."""
 
     def packed(self, packing: bool) -> "RowStream":
         """The same rows, sharing packs or not."""
@@ -120,9 +86,10 @@ class RowStream:
         """
         while True:
             readers = [
-                itertools.islice(_checked(self._rows(source, given.epochs), check), read, None)
-                for source, given, read in zip(self.sources, self.config.train, place.rows_read, strict=True)
+                ChainedRows(_checked(self._rows(source, given.epochs), check))
+                for source, given in zip(self.sources, self.config.train, strict=True)
             ]
+            self._pass_by(readers, place)
             ended = False
             while not ended:
                 drawn, ended = self._draw(readers, place.window)
@@ -133,7 +100,8 @@ class RowStream:
                     tallies = place.tallies  # the rows of a later epoch are those of the first
                 elif place.window == 0:
                     enforce(self._findings(tallies))
-                after = Place(place.epoch, place.window + 1, read, tallies, left_over)
+                chains = tuple(reader.chain for reader in readers)
+                after = Place(place.epoch, place.window + 1, read, tallies, left_over, chains)
                 yield place, packs, after
                 place = after
             if not any(tally.rows_kept for tally in place.tallies):
@@ -141,6 +109,15 @@ class RowStream:
                     f"no training row is left of the {sum(place.rows_read)} that were read; the lines above say why"
                 )
             place = Place(place.epoch + 1, 0, self.start.rows_read, place.tallies)
+
+    def _pass_by(self, readers: Sequence[ChainedRows], place: Place) -> None:
+        """Read the rows before a place again, which are to be those that were read when it was noted."""
+        expected = place.chains or (None,) * len(readers)
+        for source, reader, read, chain in zip(self.sources, readers, place.rows_read, expected, strict=True):
+            for _ in itertools.islice(reader, read):
+                pass
+            if chain not in (None, reader.chain):
+                self.tell_others(f"the first {read:,} rows of {source.found.path}")
 
     @staticmethod
     def _rows(source: OpenSource, epochs: int) -> Iterator[Row]:
@@ -254,10 +231,20 @@ def stream_datasets(
     return stream, data
 
 
+def _refuse_others(what: str) -> None:
+    raise UserError(f"{what} are not those that were read before; bring the data back, or start another run")
+
+
 def _checked(rows: Iterable[Row], check: Callable[[], None]) -> Iterator[Row]:
     for row in rows:
         check()
         yield row
+
+
+def _arrays(packs: Iterable[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    """All that packs hold, one after the other."""
+    for pack in packs:
+        yield from pack.values()
 
 
 def _pack(rows: Sequence[TokenArrays]) -> dict[str, np.ndarray]:
@@ -273,13 +260,16 @@ class Mark:
     """Where a feed stands after a step.
 
     `place` is that before the window of the step's last pack, of which `given` micro-batches' worth of packs were given
-    so far; `tallies` are the counts of each source's rows in the first epoch, as far as they were read for it.
+    so far; `tallies` are the counts of each source's rows in the first epoch, as far as they were read for it. `chain`
+    stands for the packs of all steps, and `window` for all packs of that window.
     """
 
     step: int
     given: int
     place: Place
     tallies: tuple[Tally, ...]
+    chain: str = START
+    window: str | None = None
 
 
 class StreamFeed(IterableDataset):
@@ -327,12 +317,20 @@ class StreamFeed(IterableDataset):
         """What `load_state` needs to go on after the step that was taken last, as plain JSON."""
         mark = self.mark
         tallies = [tally.as_json() for tally in mark.tallies]
-        return {"step": mark.step, "given": mark.given, "place": mark.place.as_json(), "tallies": tallies}
+        return {
+            "step": mark.step,
+            "given": mark.given,
+            "place": mark.place.as_json(),
+            "tallies": tallies,
+            "chain": mark.chain,
+            "window": mark.window,
+        }
 
     def load_state(self, content: dict[str, Any]) -> None:
         """Go to where another feed was when it told its state."""
         tallies = tuple(Tally.of_json(tally) for tally in content["tallies"])
-        self.mark = Mark(content["step"], content["given"], Place.of_json(content["place"]), tallies)
+        place, chain, window = Place.of_json(content["place"]), content.get("chain", START), content.get("window")
+        self.mark = Mark(content["step"], content["given"], place, tallies, chain, window)
 
     def __iter__(self) -> Iterator[Packs]:
         for step, mark in self.marked_steps():
@@ -348,32 +346,33 @@ class StreamFeed(IterableDataset):
         Returns:
             A step's micro-batches, and the mark that `stand_at` takes once they train.
         """
-        done, target = self.mark.step, self._target
+        done, target, chain = self.mark.step, self._target, self.mark.chain
         together = 1 if self.split.tokens is not None else self.split.rows
         with contextlib.closing(self._units(self.mark, halt)) as units:
             while True:
                 step = []
                 for _ in range(self.split.micro_batches):
                     drawn = list(itertools.islice(units, together))
-                    step.append([pack for packs, *_ in drawn for pack in packs])
+                    step.append([pack for packs, _ in drawn for pack in packs])
                 done += 1
+                chain = extended(chain, *_arrays(pack for packs in step for pack in packs))
                 if done > target:
-                    _, given, place, tallies = drawn[-1]
-                    yield list(self.split.share(step)), Mark(done, given, place, tallies)
+                    yield list(self.split.share(step)), replace(drawn[-1][1], step=done, chain=chain)
 
-    def _units(
-        self, mark: Mark, halt: Halt | None
-    ) -> Generator[tuple[Packs, int, Place, tuple[Tally, ...]], None, None]:
-        """What micro-batches are made of, in order: single packs, or with a limit of tokens, micro-batches; and of the
-        mark after each all but the step."""
+    def _units(self, mark: Mark, halt: Halt | None) -> Generator[tuple[Packs, Mark], None, None]:
+        """What micro-batches are made of, in order: single packs, or with a limit of tokens, micro-batches; and the
+        mark after each but for its step and chain."""
         given = mark.given
         made = self.stream.windows(mark.place, halt.check if halt else lambda: None)
         with contextlib.closing(Ahead(made, halt) if halt else made) as windows:
             for place, packs, after in windows:
+                window = extended(START, *_arrays(packs))
+                if given and mark.window not in (None, window):
+                    self.stream.tell_others(f"the rows of window {place.window} of epoch {place.epoch} of the stream")
                 random = np.random.default_rng([self.seed, place.epoch, place.window])
                 lengths = np.array([len(pack["input_ids"]) for pack in packs], dtype=np.int64)
                 units = micro_batches(lengths, replace(self.split, rows=1), random) if packs else []
                 for unit in units[given:]:
                     given += 1
-                    yield [packs[index] for index in unit], given, place, after.tallies
+                    yield [packs[index] for index in unit], Mark(0, given, place, after.tallies, window=window)
                 given = 0

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from src.loss import SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
+from src.row_order import RowOrder
 from src.sharding import sum_gradients_in_float32
 from src.step_sums import StepSums
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
@@ -48,8 +49,8 @@ from utils.peers import PatientGroup
 
 log = get_logger(__name__)
 
-STREAM = "stream.json"
-"""A checkpoint's file that says where the stream of rows stands."""
+SUMS = "sums.json"
+"""A checkpoint's file with the losses since the last logged line."""
 
 
 def _whole(step: ReadyStep) -> ReadyStep:
@@ -87,6 +88,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         score: SupervisedLoss | None = None,
         neftune_alpha: float | None = None,
         activation_offload: bool = False,
+        order_settings: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -97,6 +99,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             score: what is minimized. None: the negative log-likelihood.
             neftune_alpha: size of the noise on embeddings; see `src.noise`.
             activation_offload: whether activations wait in host memory, of a GPU; see `src.activations`.
+            order_settings: what of the run's settings decides which rows a step learns; see `src.row_order`.
         Raises:
             UserError: several GPUs are visible to one process.
         """
@@ -133,6 +136,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             processes=args.world_size,
             process=args.process_index,
         )
+        self.order = RowOrder(dict(order_settings or {}) | {"processes": args.world_size})
         self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
         self._ready: ReadySteps | None = None  # reads the feed ahead of that
         self._patience = PatientGroup()
@@ -156,13 +160,17 @@ class SFTTrainer(OptimizerHooks, Trainer):
             self.checkpoints.discard_unfinished()
         self.feed = self._new_feed()
         self.args.max_steps = self.feed.steps
-        if isinstance(self.feed, StreamFeed) and resume_from_checkpoint:
-            self.feed.load_state(json.loads((Path(resume_from_checkpoint) / STREAM).read_text(encoding="utf-8")))
+        if resume_from_checkpoint:
+            self.order.restore(Path(resume_from_checkpoint), self.feed)
+            if (sums := Path(resume_from_checkpoint) / SUMS).is_file():  # an older checkpoint has none
+                self.sums.load_state(json.loads(sums.read_text(encoding="utf-8")), self.accelerator)
         self._ready = self._new_steps()
         self.sums.take_unseen()
         self._patience.wait()  # each has prepared its data and read its model by itself
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self.checkpoints.finish()
+            return result
         except RuntimeError as error:
             error.add_note(f"in step {self.state.global_step + 1}")
             raise
@@ -228,6 +236,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], torch.zeros((), dtype=torch.int64, device=device)
+        self.checkpoints.raise_failure()
         step: ReadyStep = next(epoch_iterator)
         assert len(step.batches) == num_batches, "a run has whole steps only"
         self.feed.stand_at(step.mark)
@@ -318,7 +327,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
                 logs["objective"] = objective
             if self.score.router:
                 logs["router_aux_loss"] = routers
-            logs |= self.sums.speed() | {"tokens": self.state.num_input_tokens_seen}
+            logs |= self.sums.speed() | {"tokens": self.state.num_input_tokens_seen, "batches": self.feed.mark.chain}
             self.sums.clear()
         super().log(logs, start_time)
 
@@ -365,10 +374,13 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._update_tokens_seen()
         # DeepSpeed's optimizer keeps its state where only its own methods find it.
         size = 0 if self.is_deepspeed_enabled else state_bytes(self.accelerator.unwrap_model(model), self.optimizer)
+        self.checkpoints.finish()  # the one before, which only the main process knows of
+        self._patience.wait()
         with self.checkpoints.writing(self.state.global_step, main=self.args.should_save, expected_bytes=size):
             super()._save_checkpoint(model, trial)
-            if isinstance(self.feed, StreamFeed) and self.args.should_save:
+            sums = self.sums.state(self.accelerator)
+            if self.args.should_save:
                 folder = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
-                (folder / STREAM).write_text(json.dumps(self.feed.state()), encoding="utf-8")
+                self.order.write(folder, self.feed)
+                (folder / SUMS).write_text(json.dumps(sums), encoding="utf-8")
             self._patience.wait()
-        self._patience.wait()

@@ -7,8 +7,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_run import ARCHITECTURE, run_train, write_recipe
-from utils.errors import UserError
 from utils.engines import check_engine, check_parallelism, is_sharded
+from utils.errors import UserError
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """Checkpoints that are damaged, moved or too large, and settings that change: what a run goes on from and says."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import threading
 from collections import namedtuple
 
 import pytest
@@ -22,6 +24,7 @@ from tests.tiny_run import (
     weights_of,
     write_recipe,
 )
+from utils.checkpoint_record import write_record
 from utils.checkpointing import CheckpointWriter, state_bytes
 from utils.errors import UserError
 
@@ -182,6 +185,7 @@ def written(writer, step, size=1000, **arguments):
         folder = writer.staging / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "state.bin").write_bytes(bytes(size))
+    writer.finish()
 
 
 def names(run):
@@ -217,6 +221,43 @@ def test_a_first_checkpoint_needs_the_size_of_weights_and_state(tmp_path, monkey
         written(writer, 1, expected_bytes=1_200_004)
     assert names(tmp_path) == []
     written(writer, 1, expected_bytes=1_200_003)
+
+
+def test_a_checkpoint_that_cannot_be_put_in_its_place_ends_the_run_at_a_next_step(tmp_path, monkeypatch):
+    def record(folder, *, step, config):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_record(folder, step=step, config=config)
+
+    monkeypatch.setattr("utils.checkpointing.write_record", record)
+    done = run_train("--config", write_recipe(tmp_path, training={"max_steps": 40}))
+    run = tmp_path / "outputs" / "run"
+    assert done.code == 2
+    assert f"error: checkpoint {run / 'checkpoint-4'} could not be written ([Errno 28] No space left" in done.stderr
+    assert "The last complete checkpoint is checkpoint-2; free some space, then use --resume" in done.stderr
+    assert "step 7/40" not in done.stderr, "the next checkpoint waits for this one"
+    assert [path.name for path in run.glob("*checkpoint*")] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_is_absent_until_a_thread_has_recorded_it(tmp_path, monkeypatch):
+    may_go_on = threading.Event()
+
+    def record(folder, *, step, config):
+        assert may_go_on.wait(60)
+        write_record(folder, step=step, config=config)
+
+    monkeypatch.setattr("utils.checkpointing.write_record", record)
+    writer = CheckpointWriter(tmp_path, keep=2)
+    with writer.writing(2, main=True):
+        folder = writer.staging / "checkpoint-2"
+        folder.mkdir(parents=True)
+        (folder / "state.bin").write_bytes(bytes(1000))
+    assert names(tmp_path) == [".checkpoint"], "the caller has gone on"
+    assert writer.seconds is None
+    may_go_on.set()
+    writer.finish()
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert writer.seconds > 0
 
 
 def test_rotation_goes_by_step_and_not_by_the_clock(tmp_path):

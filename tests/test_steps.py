@@ -82,7 +82,7 @@ def test_steps_are_those_of_the_feed_with_their_counts_and_then_end(limit, first
     expected = [collate(packs) for packs in islice(feed, 2 * (8 - first))]
     steps = ready_steps(feed, collate)
     for number, step in enumerate(steps, start=first):
-        assert step.mark == number + 1
+        assert step.mark.step == number + 1
         for batch in step.batches:
             wanted = expected.pop(0)
             assert all(torch.equal(batch[name], wanted[name]) for name in wanted)

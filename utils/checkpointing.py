@@ -3,12 +3,15 @@
 writer = CheckpointWriter(Path("outputs/smol"), keep=2)
 with writer.writing(step=100, main=True, expected_bytes=state_bytes(model, optimizer)):
     ...  # files go below writer.staging / "checkpoint-100"
+writer.finish()  # a thread hashes and syncs them meanwhile, and puts them in their place
 newest = newest_valid_checkpoint(Path("outputs/smol"))
 """
 
 import contextlib
 import re
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from utils.checkpoint_record import RECORD, damage, size_of, write_record
 from utils.errors import UserError
-from utils.files import is_write_failure, sync
+from utils.files import is_write_failure, remove_unfinished, sync
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -116,7 +119,11 @@ def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int
 
 
 class CheckpointWriter:
-    """Writes checkpoints aside, then renames them into their run directory, and removes the oldest."""
+    """Writes checkpoints aside, then renames them into their run directory, and removes the oldest.
+
+    Their files are written while the caller waits, from memory that it will change. What comes after that, hashes, the
+    wait for the disk and the rename, is done by a thread; until then the checkpoint is absent.
+    """
 
     def __init__(self, run: Path, *, keep: int) -> None:
         """
@@ -127,42 +134,81 @@ class CheckpointWriter:
         self.run = run
         self.keep = keep
         self.staging = run / ".checkpoint"
+        self.seconds: float | None = None
+        """Seconds that the last checkpoint took, from its first file to its place. None: none is in its place yet."""
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
 
     def discard_unfinished(self) -> None:
-        """Remove what a run left that was killed while it wrote a checkpoint; the main process alone calls this."""
+        """Remove what a run left that was killed while it wrote; the main process alone calls this."""
         shutil.rmtree(self.staging, ignore_errors=True)
+        remove_unfinished(self.run)
 
     @contextlib.contextmanager
     def writing(self, step: int, *, main: bool, expected_bytes: int = 0) -> Iterator[None]:
-        """Let the block write `staging`/checkpoint-`step`, then put it in its place.
+        """Let the block write `staging`/checkpoint-`step`, then have a thread put it in its place.
 
         Args:
             step: the optimizer step that the checkpoint holds.
-            main: whether this process renames and removes; the others only write.
+            main: whether this process renames and removes; the others only write, once this one has called `finish`.
             expected_bytes: its size, if the run has no checkpoint yet from which that is known. 0: unknown.
         Raises:
-            UserError: the disk is full or will be, or a file cannot be written. The earlier checkpoints stay as they
-                were.
+            UserError: the disk is full or will be, or a file cannot be written, of this checkpoint or the one before.
+                The earlier checkpoints stay as they were.
         """
         if main:
+            self.finish()
             self._check_space(step, expected_bytes)
-        name = f"checkpoint-{step}"
+        started = time.perf_counter()
         try:
             yield
-            if main:
-                write_record(self.staging / name, step=step, config=self.run / "config.json")
-                self._put_in_place(step)
         except (OSError, SafetensorError, RuntimeError) as error:
-            if main:
-                shutil.rmtree(self.staging, ignore_errors=True)
-            if not is_write_failure(error):
+            if (told := self._given_up(step, error, main=main)) is error:
                 raise
-            last = self._last_before(step)
-            free = shutil.disk_usage(self.run).free
-            raise UserError(
-                f"checkpoint {self.run / name} could not be written ({error}); {free / 2**20:,.0f} MiB are free. The "
-                f"last complete checkpoint is {last.name if last else 'none'}; free some space, then use --resume"
-            ) from error
+            raise told from error
+        if main:
+            # Not a daemon: the interpreter waits for it, also where an error ends the run.
+            self._thread = threading.Thread(target=self._complete, args=(step, started), name="checkpoint")
+            self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is in its place.
+
+        Raises:
+            UserError: a file of it cannot be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what has kept the last checkpoint from its place, if that is known yet, once."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _complete(self, step: int, started: float) -> None:
+        try:
+            write_record(self.staging / f"checkpoint-{step}", step=step, config=self.run / "config.json")
+            self._put_in_place(step)
+            self.seconds = time.perf_counter() - started
+        except Exception as error:  # noqa: BLE001  whatever it is, it is raised where the run is at
+            self._failure = self._given_up(step, error, main=True)
+            if self._failure is not error:
+                self._failure.__cause__ = error
+
+    def _given_up(self, step: int, error: Exception, *, main: bool) -> Exception:
+        """Remove what was written of a checkpoint; the error as a user is told it, if it came from writing."""
+        if main:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        if not is_write_failure(error):
+            return error
+        last = self._last_before(step)
+        free = shutil.disk_usage(self.run).free
+        return UserError(
+            f"checkpoint {self.run / f'checkpoint-{step}'} could not be written ({error}); {free / 2**20:,.0f} MiB are "
+            f"free. The last complete checkpoint is {last.name if last else 'none'}; free some space, then use --resume"
+        )
 
     def _check_space(self, step: int, expected_bytes: int) -> None:
         """Make sure, before anything is written, that the disk takes a checkpoint as large as the last one."""

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -61,6 +62,17 @@ def whole_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""Names that `tempfile` gives below: a prefix, and eight characters of its own."""
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process has left in a folder that was killed while it wrote; nobody else may write there."""
+    for path in folder.glob(".*"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_write_failure(error: Exception) -> bool:
