@@ -95,6 +95,7 @@ def train(command: CommandLine) -> None:
         run.record("data.json", train_packs.report(data.report, trainer.feed.mark.tallies) | packs)
     if eval_packs:
         trainer.evaluate_once()
+        trainer.keep_best()
     run.export(trainer, config.adapter, start=start, qat=config.model.qat)
     run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters, precision=precision)
     if pushes:
@@ -264,6 +265,8 @@ def _trainer(
         neftune_alpha=training.neftune_alpha,
         activation_offload=training.activation_offload,
         score=score,
+        max_bad_steps=training.max_bad_steps,
+        patience=config.evaluation.patience,
         callbacks=[Progress(), metrics, answers],
     )
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))

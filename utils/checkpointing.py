@@ -114,7 +114,7 @@ def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int
 
 
 class CheckpointWriter:
-    """Writes checkpoints aside, then renames them into their run directory, and removes the oldest."""
+    """Writes checkpoints aside, then renames them into their run directory, and removes the oldest but a spared one."""
 
     def __init__(self, run: Path, *, keep: int) -> None:
         """
@@ -125,6 +125,8 @@ class CheckpointWriter:
         self.run = run
         self.keep = keep
         self.staging = run / ".checkpoint"
+        self.spared: int | None = None
+        """The step of a checkpoint that stays, however many are newer."""
 
     def discard_unfinished(self) -> None:
         """Remove what a run left that was killed while it wrote a checkpoint; the main process alone calls this."""
@@ -200,7 +202,8 @@ class CheckpointWriter:
             sync(lines)
         sync(self.run)
         for old in checkpoints(self.run)[: -self.keep]:
-            old.rename(self.staging / old.name)
+            if step_of(old) != self.spared:
+                old.rename(self.staging / old.name)
         shutil.rmtree(self.staging)
 
 
