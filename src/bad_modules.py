@@ -50,7 +50,8 @@ def first_bad_module(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     try:
         with _watched(model, _backward_hook) as found, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook is firing")
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # frozen weights before it
+            warnings.filterwarnings("ignore", "For backward hooks to be called")  # outputs in a class of transformers
             gradients = torch.autograd.grad(loss_of(), list(weights.values()), allow_unused=True)
     except RuntimeError as error:  # a model that changes a module's output in place takes no such hooks
         log.info("%s takes no backward hooks (%s); its weights' gradients are looked at", type(model).__name__, error)

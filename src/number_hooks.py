@@ -1,6 +1,6 @@
 """What SFTTrainer does when numbers go bad: it leaves steps out, tells which rows and which module, and stops in time.
 
-    class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):  # calls watch_from(optim, ...) once it is made
+    class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):  # calls watch_from(...) once it is made
         ...
 
 The device alone decides whether a step is left out (`src.step_guard`). The host reads it when a line is logged or a
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
+from transformers.training_args import OptimizerNames, TrainingArguments
 
-from config.schema import OptimConfig
 from src.bad_modules import bad_weights
 from src.best_evaluation import BestEvaluation
 from src.callbacks import cut_lines
@@ -48,14 +47,15 @@ EVENTS_TOLD = 20
 class NumberHooks:
     """The methods of SFTTrainer that watch its numbers."""
 
-    def watch_from(self, optim: OptimConfig, *, max_bad_steps: int, patience: int | None) -> None:
+    def watch_from(self, *, max_bad_steps: int, patience: int | None) -> None:
         """Begin to watch; to be called once the trainer is made.
 
         Args:
             max_bad_steps: steps in a row that may be left out.
             patience: evaluations after the best at which the run stops. None: never.
         """
-        within_backward = optim.name.endswith("_layerwise") or optim.name in ("lomo", "adalomo")
+        optimizer = OptimizerNames(self.args.optim).value
+        within_backward = optimizer.endswith("_layerwise") or optimizer in ("lomo", "adalomo")
         self.guard = StepGuard(
             self.args.device,
             scaled=self.args.fp16,

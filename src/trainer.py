@@ -142,7 +142,7 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._adapted = layers_without_dropout(model) if args.bf16 or args.fp16 else []
         self.sums = StepSums(self._new_meter(), device=args.device)
-        self.watch_from(self.optim, max_bad_steps=max_bad_steps, patience=patience)
+        self.watch_from(max_bad_steps=max_bad_steps, patience=patience)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer's, after a check that the model keeps the documents of a pack apart.

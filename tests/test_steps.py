@@ -252,6 +252,7 @@ def test_a_step_between_two_lines_of_the_log_reads_nothing_from_the_device(tmp_p
     recorder = Recorder()
     score = SupervisedLoss(plain_elements=0, z_loss=1e-4)
     options = {"optimizer": optimizer, "steps": 8, "log_every": 8, "score": score, "neftune_alpha": 5.0}
+    options["optim"] = OptimConfig(name=optimizer, learning_rate=1e-3)
     build(tmp_path, tiny_model(attention=attention), callbacks=[recorder], **options).train()
     assert recorder.reads.operations > 1000, "the steps were looked at"
     assert recorder.reads.places == IN_LIBRARIES
