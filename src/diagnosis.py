@@ -75,8 +75,8 @@ class Diagnosis:
 
     def _joined(self, parts: list[dict[str, Any]], event: Event) -> dict[str, Any]:
         """What all processes found together, first what an event is."""
-        first = next((part for part in parts if part["place"]), parts[0])
-        rows = [row for part in parts for row in part["rows"]]
+        showing = [part for part in parts if part["place"]] or parts
+        rows = [row for part in showing for row in part["rows"]]
         common = {
             "step": event.step,
             "kind": "spike" if event.spike else "skipped",
@@ -87,7 +87,7 @@ class Diagnosis:
             told["rows"] = sorted(rows, key=lambda row: -row["excess"])[:ROWS_NAMED]
             return common | {"usual": event.spike.usual, "deviations": event.spike.deviations} | told
         bad = {"bad_loss": event.figures.bad_loss, "bad_gradient": event.figures.bad_gradient}
-        named = {"module": first["module"], "place": first["place"], "weights": first["weights"]}
+        named = {name: showing[0][name] for name in ("module", "place", "weights")}
         return common | bad | named | told | {"rows": rows[:ROWS_NAMED]}
 
     def _spike(self, batches: list[NamedBatch], event: Event) -> dict[str, Any]:
