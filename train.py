@@ -100,6 +100,7 @@ def train(command: CommandLine) -> None:
         run.record("data.json", train_packs.report(data.report, trainer.feed.mark.tallies) | packs)
     if eval_packs:
         trainer.evaluate_once()
+        trainer.keep_best()
     run.export(trainer, config.adapter, start=start, qat=config.model.qat)
     run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters, precision=precision)
     if pushes:
@@ -273,6 +274,8 @@ def _trainer(
         activation_offload=training.activation_offload,
         score=score,
         order_settings=row_order_settings(to_dict(config)),
+        max_bad_steps=training.max_bad_steps,
+        patience=config.evaluation.patience,
         callbacks=[Sharded(), Progress(), metrics, answers],
     )
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))

@@ -323,9 +323,19 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.patience and not evaluation.every_steps:
+        yield (
+            f"evaluation.patience={evaluation.patience} counts evaluations, and evaluation.every_steps is left out; "
+            "give it, or leave out evaluation.patience"
+        )
+    if evaluation.patience and not config.training.save_every_steps:
+        yield (
+            f"evaluation.patience={evaluation.patience} keeps the checkpoint of the best evaluation, and "
+            "training.save_every_steps=null writes none; give it, or leave out evaluation.patience"
+        )
     if config.data.eval or config.data.eval_fraction:
         return
-    evaluation = config.evaluation
     for name in ("exact_match", "every_steps"):
         value = getattr(evaluation, name)
         if value:

@@ -13,13 +13,17 @@ NO_EFFECT = (
     "data.cache_folder",
     "data.cache_gib",
     "data.workers",
-    "evaluation",
+    "evaluation.exact_match",
+    "evaluation.max_new_tokens",
+    "evaluation.micro_batch_rows",
+    "evaluation.samples",
     "hub",
     "output",
     "tracking",
     "training.grace_period_s",
     "training.keep_checkpoints",
     "training.log_every_steps",
+    "training.max_bad_steps",
     "training.save_every_steps",
 )
 """Fields and sections on which no weight depends: they say what is kept, told or measured, and where."""

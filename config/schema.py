@@ -142,6 +142,10 @@ class TrainingConfig:
     """Threads that each process computes with on a CPU, at least 1. None: its share of the cores under
     `accelerate launch`, which would use one thread; else what OMP_NUM_THREADS or torch says."""
 
+    max_bad_steps: int = limited(10, ge=0)
+    """Steps in a row, 0 or more, that may be left out as their loss or gradient is not finite; one more ends the run. A
+    step that is left out changes neither weights nor the optimizer's state, and its rows are named."""
+
     seed: int = limited(42, ge=0)
     """Seed of new weights, dropout and the order of rows, 0 or above."""
 
@@ -166,6 +170,10 @@ class EvaluationConfig:
 
     every_steps: int | None = limited(None, ge=1)
     """Steps between two evaluations, at least 1. None: only before and after training."""
+
+    patience: int | None = limited(None, ge=1)
+    """Evaluations that are not better than the best one, at least 1, after which the run stops; the best one's
+    checkpoint is kept, and its weights are the result. None: the run does not stop, and the last weights are."""
 
     micro_batch_rows: int = limited(8, ge=1)
     """Rows (packs, with packing) that one device evaluates at once, at least 1."""

@@ -193,6 +193,12 @@ class PackFeed(IterableDataset):
         batches = micro_batches(self.packs.pack_tokens, self.split, np.random.default_rng([self.seed, number]))
         return batches + [[FILLER]] * (-len(batches) % self.split.micro_batches)
 
+    def packs_of(self, step: int) -> list[list[int]]:
+        """The packs' indices of this process's micro-batches in a step, counted from 1."""
+        epoch = self._epoch_of(step - 1)
+        first = (step - 1 - (self._ends[epoch - 1] if epoch else 0)) * self.split.micro_batches
+        return list(self.split.share(self.epoch(epoch)[first : first + self.split.micro_batches]))
+
     def _epoch_of(self, step: int) -> int:
         """The epoch that a step, counted from 0, belongs to."""
         while not self._ends or self._ends[-1] <= step:

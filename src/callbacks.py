@@ -5,6 +5,7 @@ callbacks = [Progress(), MetricsFile(run / "metrics.jsonl")]
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -95,7 +96,7 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            _cut(self.path, lambda record: record["step"] > state.global_step or "train_runtime" in record)
+            cut_lines(self.path, lambda record: record["step"] > state.global_step or "train_runtime" in record)
 
     def on_log(
         self,
@@ -109,12 +110,17 @@ class MetricsFile(TrainerCallback):
             self.add({"step": state.global_step, **logs})
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one record, and see it to the file."""
+        """Append one record, and see it to the file; a number that is not finite, which JSON has not, is null."""
+        shown = {name: value if _is_json(value) else None for name, value in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(shown) + "\n")
 
 
-def _cut(path: Path, is_past: Callable[[dict[str, Any]], bool]) -> None:
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def cut_lines(path: Path, is_past: Callable[[dict[str, Any]], bool]) -> None:
     """Remove the lines of a file of JSON lines from the first that is past the point that a run goes on from.
 
     Args:
@@ -168,7 +174,7 @@ class Answers(TrainerCallback):
             log.warning("a sharded model gives no answers during training: samples and exact match are left out")
             self.conversations = []
         ends = state.global_step in (0, state.max_steps)
-        all_of_them = self.evaluation.exact_match and ends
+        all_of_them = self.evaluation.exact_match and (ends or control.should_training_stop)
         asked = self.conversations if all_of_them else self.conversations[: self.evaluation.samples]
         if not asked:
             return
@@ -181,7 +187,7 @@ class Answers(TrainerCallback):
                 "step %d/%d  exact match %.3f of %d answers", state.global_step, state.max_steps, exact, len(answers)
             )
             self.metrics.add({"step": state.global_step, "eval_exact_match": exact, "eval_answers": len(answers)})
-        _cut(self.samples, lambda record: record["step"] >= state.global_step)  # of this run, before it was resumed
+        cut_lines(self.samples, lambda record: record["step"] >= state.global_step)  # of this run before its resume
         with open(self.samples, "a", encoding="utf-8") as file:
             for answer in answers[: self.evaluation.samples]:
                 log.info("  Q: %s\n  A: %s", answer.prompt, answer.answer)

@@ -152,7 +152,8 @@ def decayed_names(model: torch.nn.Module) -> list[str]:
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for some parameter groups and AdamW for the others, with one state and one list of groups.
 
-    So schedulers, gradient clipping and checkpoints see a single optimizer.
+    So schedulers, gradient clipping and checkpoints see a single optimizer. As torch's fused AdamW it has a step change
+    nothing where its attribute `found_inf`, a scalar on the device, is there and 1.
     """
 
     def __init__(self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]], *, lr: float) -> None:
@@ -190,9 +191,34 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._muon.step()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            self._muon.step()
+            self._adamw.step()
+            return loss
+        self._muon_step_unless(found_inf)
+        self._adamw.grad_scale, self._adamw.found_inf = None, found_inf
         self._adamw.step()
+        del self._adamw.grad_scale, self._adamw.found_inf
         return loss
+
+    def _muon_step_unless(self, found_inf: torch.Tensor) -> None:
+        """Muon's step, matrix by matrix, each taken back where `found_inf` is 1. So no more than one is held twice,
+        and the device is not waited for."""
+        groups = self._muon.param_groups
+        for group in groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                before = weight.clone()
+                momentum = self.state[weight].get("momentum_buffer")
+                momentum = torch.zeros_like(weight.grad) if momentum is None else momentum.clone()
+                self._muon.param_groups = [{**group, "params": [weight]}]
+                self._muon.step()
+                after = self.state[weight]["momentum_buffer"]
+                for now, then in ((weight, before), (after, momentum)):
+                    torch.where(found_inf.bool(), then, now, out=now)
+        self._muon.param_groups = groups
 
 
 def _is_muon(group: dict[str, Any]) -> bool:

@@ -133,6 +133,7 @@ class PackedRows(torch.utils.data.Dataset):
             packing: whether a pack may hold several rows.
         """
         self.rows = rows.select_columns(["input_ids", "labels"]).with_format("arrow")
+        self._origins = rows.select_columns(["origin"]) if "origin" in rows.column_names else None
         self.lengths = row_lengths(rows)
         self.packs = best_fit_bins(self.lengths, max_length) if packing else [[index] for index in range(len(rows))]
         starts = np.cumsum([0, *(len(pack) for pack in self.packs[:-1])])
@@ -155,6 +156,11 @@ class PackedRows(torch.utils.data.Dataset):
         table = self.rows[self.packs[index]]
         ids, labels = (_values(table[name]) for name in ("input_ids", "labels"))
         return {"input_ids": ids, "labels": labels, "lengths": self.lengths[self.packs[index]]}
+
+    def origins(self, index: int) -> list[str]:
+        """Where each row of a pack was read, as `file line N`; or its number in the table, where that is not known."""
+        rows = self.packs[index]
+        return [f"row {row}" for row in rows] if self._origins is None else self._origins[rows]["origin"]
 
     def packs_rows(self) -> bool:
         """Whether some rows share a pack."""

@@ -24,6 +24,7 @@ from src.callbacks import clock
 from src.model_card import model_card
 from src.quantization import save_rounded
 from src.sharding import gathered_weights
+from src.trainer import SFTTrainer
 from utils.checkpoint_record import config_digest
 from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, valid_checkpoint
 from utils.errors import UserError
@@ -113,7 +114,7 @@ class Run:
             )
             raise UserError(f"{self.path / 'model'} could not be written ({error}); {way_out}") from error
 
-    def conclude(self, trainer: Trainer, *, seconds: float, parameters: dict[str, int], precision: str) -> None:
+    def conclude(self, trainer: SFTTrainer, *, seconds: float, parameters: dict[str, int], precision: str) -> None:
         """Write result.json and the model card, and say what came of the run.
 
         Args:
@@ -134,15 +135,17 @@ class Run:
         log.info("the result is in %s; try it:", self.path / "model")
         log.info('  python scripts/generate.py %s --prompt "..."', self.path / "model")
 
-    def _result(self, trainer: Trainer, *, seconds: float) -> dict[str, Any]:
+    def _result(self, trainer: SFTTrainer, *, seconds: float) -> dict[str, Any]:
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
         steps = trainer.state.global_step
-        losses = [line["loss"] for line in metrics if "loss" in line]
+        losses = [line["loss"] for line in metrics if line.get("loss") is not None]
         return {
             "steps": steps,
             "tokens": trainer.state.num_input_tokens_seen,
             "seconds": round(seconds, 1),
+            "skipped_steps": trainer.numbers.skipped,
+            "best": trainer.best.record(),
             "attention": trainer.model.config._attn_implementation,
             "packing": trainer.train_dataset.packs_rows(),
             "first_loss": losses[0],

@@ -3,18 +3,32 @@
 sums = StepSums(meter, device=args.device)
 sums.begin_step(counts, counted)             # counts: the supervised tokens and tokens of all processes
 sums.add_loss(torch.stack((nll, objective, routers)))
-sums.figures(accelerator)                    # waits for the device
+sums.take_steps(accelerator, guard.take())   # waits for the device
+sums.speed()                                 # so does this
 sums.clear()
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
 from utils.metrics import Counted, Meter
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """An optimizer step, of all processes: means over its supervised tokens in nats, of which there are `supervised`,
+    and whether its loss, or its gradient, was not finite in some process."""
+
+    nll: float
+    objective: float
+    routers: float
+    supervised: int
+    bad_loss: bool = False
+    bad_gradient: bool = False
 
 
 class StepSums:
@@ -31,9 +45,10 @@ class StepSums:
         self._since = time.perf_counter()
         # Trainer adds up losses in float32, which is coarser than what is compared here.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self._loss = torch.zeros(3, dtype=wide, device=device)  # negative log-likelihood, objective, routers'
+        self._nothing = torch.zeros(3, dtype=wide, device=device)
+        self._losses: list[torch.Tensor] = []  # of each step: negative log-likelihood, objective, routers'
+        self._supervised: list[torch.Tensor] = []
         self._steps = 0
-        self._timed = False  # whether the time of these steps is counted
 
     def begin_step(self, counts: torch.Tensor, counted: Sequence[Counted]) -> None:
         """Add an optimizer step's tokens.
@@ -42,17 +57,19 @@ class StepSums:
             counts: int64, (2,): supervised tokens and tokens of all processes, on the device.
             counted: what is in each micro-batch of this process.
         """
-        if not self._timed:
-            self._since, self._timed = time.perf_counter(), True
+        if self._steps == 0:
+            self._since = time.perf_counter()
         for one in counted:
             self.meter.add(one)
         self._tokens += counts
         self._unseen += counts[1]
         self._steps += 1
+        self._losses.append(self._nothing)
+        self._supervised.append(counts[0])
 
     def add_loss(self, sums: torch.Tensor) -> None:
         """Add a micro-batch's share of the step's negative log-likelihood, objective and routers' loss, (3,)."""
-        self._loss += sums.detach()
+        self._losses[-1] = self._losses[-1] + sums.detach()
 
     def take_unseen(self) -> int:
         """Tokens since this was last asked."""
@@ -60,22 +77,22 @@ class StepSums:
         self._unseen.zero_()
         return unseen
 
-    def losses(self, accelerator: Accelerator) -> tuple[float, float, float]:
-        """Means over the steps and the processes: negative log-likelihood, objective and routers' loss."""
-        nll, objective, routers = (accelerator.reduce(self._loss, reduction="mean") / max(1, self._steps)).tolist()
-        return nll, objective, routers
+    def take_steps(self, accelerator: Accelerator, bad: torch.Tensor) -> list[StepFigures]:
+        """The steps since this was last asked, the same in each process.
 
-    def state(self, accelerator: Accelerator) -> dict[str, Any]:
-        """What `load_state` needs for the next line to tell of the steps before a checkpoint too, as plain JSON; every
-        process calls this."""
-        return {"steps": self._steps, "losses": accelerator.gather(self._loss[None]).tolist()}
-
-    def load_state(self, content: Mapping[str, Any], accelerator: Accelerator) -> None:
-        """Go on with the sums of a checkpoint; speed is that of the steps from here on."""
-        losses = torch.tensor(content["losses"], dtype=self._loss.dtype)
-        same = len(losses) == accelerator.num_processes  # else each takes the mean, which sums up to the same
-        self._loss.copy_(losses[accelerator.process_index] if same else losses.mean(dim=0))
-        self._steps = content["steps"]
+        Args:
+            bad: whether the loss, and the gradient, of each was not finite in this process: (steps, 2).
+        """
+        if not self._losses:
+            return []
+        wide = self._nothing.dtype
+        own = (torch.stack(self._losses), torch.stack(self._supervised)[:, None].to(wide), bad.to(wide))
+        self._losses, self._supervised = [], []
+        steps = accelerator.reduce(torch.cat(own, dim=1), reduction="mean").tolist()
+        return [
+            StepFigures(nll, objective, routers, round(supervised), bad_loss > 0, bad_gradient > 0)
+            for nll, objective, routers, supervised, bad_loss, bad_gradient in steps
+        ]
 
     def speed(self) -> dict[str, float]:
         """Tokens and supervised tokens a second of all processes, and what the meter tells."""
@@ -93,8 +110,6 @@ class StepSums:
 
     def clear(self) -> None:
         """Start the sums again; tokens that the state knows nothing of stay."""
-        self._loss.zero_()
         self._steps = 0
-        self._timed = False
         self._tokens.zero_()
         self.meter.clear()

@@ -10,7 +10,6 @@ accumulation step. Packs come in an order that depends on the seed alone.
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,8 +31,9 @@ from src.adapters import casts_left_to_autocast, count_parameters, layers_withou
 from src.attention import tell_borders
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
-from src.loss import SupervisedLoss, next_token_targets
+from src.loss import Scored, SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
+from src.number_hooks import NumberHooks
 from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.row_order import RowOrder
@@ -48,9 +48,6 @@ from utils.metrics import Meter, matrix_rate, work_of
 from utils.peers import PatientGroup
 
 log = get_logger(__name__)
-
-SUMS = "sums.json"
-"""A checkpoint's file with the losses since the last logged line."""
 
 
 def _whole(step: ReadyStep) -> ReadyStep:
@@ -67,7 +64,7 @@ def _token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-class SFTTrainer(OptimizerHooks, Trainer):
+class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
     """Trainer whose loss is summed over supervised tokens and divided by their number in the global step."""
 
     loss_is_scaled_for_ga = True
@@ -89,6 +86,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
         neftune_alpha: float | None = None,
         activation_offload: bool = False,
         order_settings: Mapping[str, Any] | None = None,
+        max_bad_steps: int = 10,
+        patience: int | None = None,
     ) -> None:
         """
         Args:
@@ -100,6 +99,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
             neftune_alpha: size of the noise on embeddings; see `src.noise`.
             activation_offload: whether activations wait in host memory, of a GPU; see `src.activations`.
             order_settings: what of the run's settings decides which rows a step learns; see `src.row_order`.
+            max_bad_steps, patience: when numbers that go bad, or an evaluation that gets worse, end the run; see
+                `src.number_hooks`.
         Raises:
             UserError: several GPUs are visible to one process.
         """
@@ -143,15 +144,15 @@ class SFTTrainer(OptimizerHooks, Trainer):
         sum_gradients_in_float32(self)
         self.add_callback(FeedPlace(lambda: self.feed))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
-        self._finite = torch.ones((), dtype=torch.bool, device=args.device)
         self._adapted = layers_without_dropout(model) if args.bf16 or args.fp16 else []
         self.sums = StepSums(self._new_meter(), device=args.device)
+        self.watch_from(max_bad_steps=max_bad_steps, patience=patience)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer's, after a check that the model keeps the documents of a pack apart.
 
         Raises:
-            UserError: it does not, or the loss stopped being finite.
+            UserError: it does not, or numbers went bad as `src.number_hooks` says.
         """
         if self.train_dataset.packs_rows() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             with self.accelerator.autocast():
@@ -162,20 +163,20 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self.args.max_steps = self.feed.steps
         if resume_from_checkpoint:
             self.order.restore(Path(resume_from_checkpoint), self.feed)
-            if (sums := Path(resume_from_checkpoint) / SUMS).is_file():  # an older checkpoint has none
-                self.sums.load_state(json.loads(sums.read_text(encoding="utf-8")), self.accelerator)
         self._ready = self._new_steps()
         self.sums.take_unseen()
+        self.begin_numbers(resume_from_checkpoint)
         self._patience.wait()  # each has prepared its data and read its model by itself
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self.checkpoints.finish()
-            return result
         except RuntimeError as error:
             error.add_note(f"in step {self.state.global_step + 1}")
             raise
         finally:
             self._ready.close()
+        self.check_numbers_at_end()
+        return result
 
     def _new_meter(self) -> Meter:
         """What tells the share of the device's matrix rate, where nothing parts the weights over processes."""
@@ -231,15 +232,17 @@ class SFTTrainer(OptimizerHooks, Trainer):
         Nothing here waits for the device: what is on the host is copied from pinned memory, and how many tokens the
         processes have together stays on the device until a line is logged or a checkpoint saved.
 
-        None are left for a run that goes on from its last step: Trainer alone would take one more.
+        None are left for a run that goes on from its last step, or from where it had stopped early: Trainer alone would
+        take one more.
         """
-        if self.state.global_step >= self.state.max_steps:
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], torch.zeros((), dtype=torch.int64, device=device)
         self.checkpoints.raise_failure()
         step: ReadyStep = next(epoch_iterator)
         assert len(step.batches) == num_batches, "a run has whole steps only"
         self.feed.stand_at(step.mark)
+        self.recent.keep(self.state.global_step + 1, step.batches)
         batches = [self._on_device(batch) for batch in step.batches]
         counts = self.accelerator.reduce(send_to_device(step.counts, device, non_blocking=True), reduction="sum")
         self.sums.begin_step(counts, step.counted)
@@ -250,7 +253,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
         wait where they are told to."""
         waiting = self._offload if self.activation_offload else contextlib.nullcontext()
         with casts_left_to_autocast(self._adapted), waiting:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)  # Trainer's own mean of all steps stays one
 
     @functools.cached_property
     def _offload(self) -> contextlib.AbstractContextManager:
@@ -285,22 +289,17 @@ class SFTTrainer(OptimizerHooks, Trainer):
         sums = torch.stack((scored.total, nll, routers))
         loss, nll, routers = sums * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         self.sums.add_loss(torch.stack((nll, loss, routers)))
-        self._finite &= torch.isfinite(loss.detach())
-        if loss.device.type == "cpu":  # elsewhere the look would wait for the device, so it is taken when logging
-            self.stop_unless_finite()
-        return loss
+        return self.guard.marked(loss)
 
-    def stop_unless_finite(self) -> None:
-        """
-        Raises:
-            UserError: a loss since the start was infinite or not a number.
-        """
-        if not bool(self._finite):
-            raise UserError(
-                f"the loss stopped being finite by step {self.state.global_step + 1}; the weights are spoiled. Resume "
-                "from the last checkpoint with a lower optim.learning_rate, a longer warmup, or training.precision "
-                "float32"
-            )
+    def score_again(self, batch: Batch) -> Scored:
+        """Score a batch of the host as a training step does, by the model without its wrapper."""
+        model, moved = self.accelerator.unwrap_model(self.model), self._on_device(batch)
+        with (
+            self.compute_loss_context_manager(),
+            casts_left_to_autocast(self._adapted),
+            noisy_embeddings(model, moved, self.neftune_alpha),
+        ):
+            return self.score(model, moved)
 
     def prediction_step(
         self,
@@ -320,16 +319,20 @@ class SFTTrainer(OptimizerHooks, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with the loss unrounded, and the speed since the last training line, over all processes."""
         self._update_tokens_seen()
-        if "loss" in logs:
-            self.stop_unless_finite()
-            logs["loss"], objective, routers = self.sums.losses(self.accelerator)
-            if not self.score.objective.plain or self.score.router:
-                logs["objective"] = objective
-            if self.score.router:
-                logs["router_aux_loss"] = routers
-            logs |= self.sums.speed() | {"tokens": self.state.num_input_tokens_seen, "batches": self.feed.mark.chain}
+        is_training_line = "loss" in logs
+        if is_training_line:
+            speed = self.sums.speed()  # before a bad step is looked into
+            self.watch_numbers()
+            logs |= self.numbers.line()
+            if self.score.objective.plain and not self.score.router:
+                del logs["objective"]
+            if not self.score.router:
+                del logs["router_aux_loss"]
+            logs |= speed | {"tokens": self.state.num_input_tokens_seen, "batches": self.feed.mark.chain}
             self.sums.clear()
         super().log(logs, start_time)
+        if is_training_line:
+            self.stop_on_bad_numbers()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; the time is not counted against training speed.
@@ -370,7 +373,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """A checkpoint that is complete or absent."""
-        self.stop_unless_finite()
+        self.watch_numbers()
+        self.stop_on_bad_numbers()
         self._update_tokens_seen()
         # DeepSpeed's optimizer keeps its state where only its own methods find it.
         size = 0 if self.is_deepspeed_enabled else state_bytes(self.accelerator.unwrap_model(model), self.optimizer)
@@ -378,9 +382,8 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self._patience.wait()
         with self.checkpoints.writing(self.state.global_step, main=self.args.should_save, expected_bytes=size):
             super()._save_checkpoint(model, trial)
-            sums = self.sums.state(self.accelerator)
             if self.args.should_save:
                 folder = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
                 self.order.write(folder, self.feed)
-                (folder / SUMS).write_text(json.dumps(sums), encoding="utf-8")
+                self.save_numbers(folder)
             self._patience.wait()

@@ -255,8 +255,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    with pytest.raises(UserError, match="loss stopped being finite by step 1"):
+    before = weights_of(model)
+    with pytest.raises(UserError, match=r"in any of 2 step\(s\), so all were skipped and nothing was learned"):
         train(tmp_path, model, uneven_rows(8), steps=2)
+    with pytest.raises(UserError, match=r"not finite in 11 step\(s\) in a row, up to step 11"):
+        train(tmp_path, model, uneven_rows(8), steps=12)
+    assert torch.equal(weights_of(model).nan_to_num(7.0), before.nan_to_num(7.0))
 
 
 def test_a_model_whose_documents_see_each_other_is_refused(tmp_path):

@@ -119,7 +119,7 @@ def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int
 
 
 class CheckpointWriter:
-    """Writes checkpoints aside, then renames them into their run directory, and removes the oldest.
+    """Writes checkpoints aside, then renames them into their run directory, and removes the oldest but a spared one.
 
     Their files are written while the caller waits, from memory that it will change. What comes after that, hashes, the
     wait for the disk and the rename, is done by a thread; until then the checkpoint is absent.
@@ -138,6 +138,8 @@ class CheckpointWriter:
         """Seconds that the last checkpoint took, from its first file to its place. None: none is in its place yet."""
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self.spared: int | None = None
+        """The step of a checkpoint that stays, however many are newer."""
 
     def discard_unfinished(self) -> None:
         """Remove what a run left that was killed while it wrote; the main process alone calls this."""
@@ -248,7 +250,8 @@ class CheckpointWriter:
             sync(lines)
         sync(self.run)
         for old in checkpoints(self.run)[: -self.keep]:
-            old.rename(self.staging / old.name)
+            if step_of(old) != self.spared:
+                old.rename(self.staging / old.name)
         shutil.rmtree(self.staging)
 
 
