@@ -243,18 +243,14 @@ def _device(device: torch.device) -> str:
 def _of_sample(trainer: SFTTrainer, sample: Sequence[Batch]) -> dict[str, float]:
     """What a step of a stream holds, by the mean of its first micro-batches."""
     pad_id = trainer.data_collator.pad_token_id
-    counted = [trainer.meter.count({name: _on_host(part) for name, part in batch.items()}, pad_id) for batch in sample]
+    tokens = sum(int((batch["input_ids"] != pad_id).sum()) for batch in sample)
+    supervised = sum(len(batch["supervised_places"]) for batch in sample)
     steps = len(sample) / trainer.args.gradient_accumulation_steps / trainer.args.world_size
-    tokens, positions = sum(one.tokens for one in counted), sum(one.positions for one in counted)
     return {
         "tokens": tokens / steps,
-        "supervised_tokens": sum(one.supervised for one in counted) / steps,
-        "padding_share": 1 - tokens / max(1, positions),
+        "supervised_tokens": supervised / steps,
+        "padding_share": 1 - tokens / sum(batch["input_ids"].numel() for batch in sample),
     }
-
-
-def _on_host(part: torch.Tensor | int) -> torch.Tensor | int:
-    return part.cpu() if isinstance(part, torch.Tensor) else part
 
 
 def _files(config: RunConfig) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ stands around them is known from files that were written.
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import OptimConfig, TrainingConfig
+from src.adapter_export import embeddings_to_save
 from src.freezing import kinds_of_weights, state_bytes
 from src.quantization import held_bytes
 from src.start_checks import StartFinding
@@ -28,6 +30,9 @@ from utils.checkpointing import checkpoints
 SMALL_FILES = 27_000
 """Bytes of what does not grow: the random states of one process 14,500, the arguments 5,300, the scheduler 1,500, the
 optimizer's frame 1,300, the settings of the model, the record of the files."""
+
+ADAPTER_FILES = 6_500
+"""Bytes of the settings and the README that PEFT writes beside an adapter."""
 
 RANDOM_STATE = 14_500
 """Bytes of the random states of each further process."""
@@ -86,7 +91,8 @@ class Sizes:
         saves = -(-steps // every) if every else 0
         kept = min(saves, training.keep_checkpoints)
         left = -(-steps // every) - first_step // every if every else 0
-        result = weights + tokenizer
+        embeddings = embeddings_to_save(model) if isinstance(model, PeftModel) else "auto"
+        result = weights_bytes(model, embeddings) + tokenizer
         there = size_of(checkpoints(run)) if run.is_dir() else 0
         most = max(min(kept + 1, saves) * checkpoint, kept * checkpoint + result)  # a new one stands before an old goes
         return cls(
@@ -122,11 +128,22 @@ def mib(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 10 * 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
-def weights_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the file, or files, of weights that a checkpoint has: those of the model, or of its adapter alone."""
-    tensors = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+def weights_bytes(model: torch.nn.Module, embeddings: str | bool = "auto") -> int:
+    """Bytes of the weights' files: those of the model, or of its adapter alone with what stands beside it.
+
+    Args:
+        embeddings: whether an adapter's file has the embeddings whole; PEFT decides, if "auto", as for checkpoints.
+    """
+    with warnings.catch_warnings():  # of embeddings that grew, which checkpoints have whole
+        warnings.simplefilter("ignore")
+        tensors = (
+            get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+            if isinstance(model, PeftModel)
+            else model.state_dict()
+        )
     once = {(tensor.data_ptr(), tensor.shape) if tensor.numel() else name: name for name, tensor in tensors.items()}
-    return sum(held_bytes(tensors[name]) + len(name) + TENSOR_IN_SAFETENSORS for name in once.values())
+    beside = ADAPTER_FILES if isinstance(model, PeftModel) else 0
+    return beside + sum(held_bytes(tensors[name]) + len(name) + TENSOR_IN_SAFETENSORS for name in once.values())
 
 
 def optimizer_bytes(model: torch.nn.Module, optim: OptimConfig) -> int | None:

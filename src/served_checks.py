@@ -71,8 +71,8 @@ def stop_findings(
             StartFinding(
                 "stop_token",
                 stops=True,
-                found=f"{share:.0%} of {total:,} supervised turns end with {_names(missed, tokenizer)}, and "
-                f"generation_config stops at {_names(sorted(stops), tokenizer) or 'nothing'}",
+                found=f"{share:.0%} of the supervised turns that were looked at end with {_names(missed, tokenizer)}, "
+                f"and generation_config stops at {_names(sorted(stops), tokenizer) or 'nothing'}",
                 why="a server would go on behind the answer",
                 change="name that token in model.special_tokens.eos_token, or end the rows with a token that stops",
             )
@@ -82,7 +82,8 @@ def stop_findings(
             StartFinding(
                 "stop_token",
                 stops=False,
-                found=f"none of {total:,} supervised spans ends with {_names(sorted(stops), tokenizer) or 'a stop'}",
+                found="none of the supervised spans that were looked at ends with "
+                f"{_names(sorted(stops), tokenizer) or 'a stop'}",
                 why="the model learns to go on, not to stop",
                 change="name an eos_token in model.special_tokens, unless the text has no end",
             )
@@ -103,7 +104,7 @@ def bos_findings(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBas
         return []
     return [
         StartFinding(
-            "the tokenizer",
+            "bos_token",
             stops=False,
             found=f"generation_config has {_names([given], tokenizer)} as BOS, and the tokenizer, whose BOS rows are "
             f"trained with, has {_names([own], tokenizer)}",
