@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel
 
 from config.schema import RunConfig
-from src.adapters import count_parameters
 from src.freezing import KINDS, kinds_of_weights
 from src.packing import PackedRows
 from src.plan_counts import StepCounts, count_steps
@@ -153,19 +152,9 @@ def make_plan(
         counts = count_steps(feed, pad_id=collator.pad_token_id, flat=collator.flat)
     whole = not shards_weights()
     start = measure_start_loss(trainer, sample[0]) if whole and first_step == 0 else None
-    evaluations = feed.steps // (config.evaluation.every_steps or feed.steps) + 2 if trainer.eval_dataset else 0
-    sizes = None
-    if whole:
-        sizes = Sizes.of(
-            trainer,
-            config.optim,
-            config.training,
-            steps=feed.steps,
-            first_step=first_step,
-            evaluations=evaluations,
-            run=run.path,
-        )
-    _look(config, run, trainer, checks, model, sample, start, sizes, known_rows)
+    sizes = _sizes(config, run, trainer, steps=feed.steps, first_step=first_step) if whole else None
+    total = sum(map(sum, weights.values()))
+    _look(config, run, trainer, checks, sample, start, sizes, weights=total, known_rows=known_rows)
     return Plan(
         steps=feed.steps,
         first_step=first_step,
@@ -191,13 +180,15 @@ def _look(
     run: Run,
     trainer: SFTTrainer,
     checks: StartChecks,
-    model: torch.nn.Module,
     sample: Sequence[Batch],
     start: StartLoss | None,
     sizes: Sizes | None,
+    *,
+    weights: int,
     known_rows: int,
 ) -> None:
     """Make the checks that need the model and its rows."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer, fresh = trainer.processing_class, config.model.path is None
     rows = rows_of(sample)
     generation = model.generation_config
@@ -206,17 +197,23 @@ def _look(
     if not shards_weights():
         checks.add(untrained_findings(rows, model, tokenizer, known_rows=known_rows))
         checks.add(loss_findings(start, model, starts_fresh=fresh))
-    checks.add(
-        rate_findings(
-            config.optim,
-            adapter=config.adapter.kind,
-            weights=count_parameters(model)["total"],
-            starts_fresh=fresh,
-        )
-    )
+    checks.add(rate_findings(config.optim, adapter=config.adapter.kind, weights=weights, starts_fresh=fresh))
     if sizes is not None and trainer.args.should_save:
         checks.add(sizes.findings(run.path))
     checks.agree()
+
+
+def _sizes(config: RunConfig, run: Run, trainer: SFTTrainer, *, steps: int, first_step: int) -> Sizes:
+    every = config.evaluation.every_steps or steps
+    return Sizes.of(
+        trainer,
+        config.optim,
+        config.training,
+        steps=steps,
+        first_step=first_step,
+        evaluations=steps // every + 2 if trainer.eval_dataset else 0,
+        run=run.path,
+    )
 
 
 def _weights(model: torch.nn.Module) -> dict[str, tuple[int, int]]:

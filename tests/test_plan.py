@@ -1,16 +1,20 @@
 """What a plan tells of a run is what the run then does, and planning disturbs nothing."""
 
 import json
+import math
 import shutil
 from collections import namedtuple
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from config.constraints import ConfigError
 from src.plan_report import curve
 from tests.test_config import read
+from tests.test_launch import launch
 from tests.tiny_run import (
     ARCHITECTURE,
     chat_rows,
@@ -222,3 +226,55 @@ def test_all_findings_of_a_plan_are_told_at_once_and_the_command_fails(tmp_path,
     assert "error: 2 findings stop the run:" in done.stderr
     assert "`--force data_contract,disk_space` starts it as it is" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_tell_one_plan_of_the_steps_that_one_process_would_take(tmp_path):
+    recipe = write_recipe(tmp_path, training={"accumulation_steps": 2, "max_steps": None, "epochs": 1.5})
+    one = run_train("--config", recipe, "--plan")
+    assert one.code == 0, one.stderr
+    alone = plan_of(tmp_path)
+    two = launch("--config", recipe, "--plan", "--training.accumulation_steps", "1")
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert two.stdout.count("learning rate ") == 1
+    together = plan_of(tmp_path)
+    for name in ("steps", "tokens", "supervised_tokens", "padding_share", "learning_rate", "weights"):
+        assert together[name] == alone[name], name
+    assert together["processes"] == 2
+    assert together["bytes"]["checkpoint"] > alone["bytes"]["checkpoint"], "each process has random states"
+
+
+@pytest.mark.slow
+def test_a_finding_ends_all_processes_of_a_run(tmp_path):
+    base = write_checkpoint(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    model.save_pretrained(base)
+    done = launch("--config", write_recipe(tmp_path, model=from_checkpoint(base)))
+    assert done.returncode != 0
+    assert "error: start_loss: the loss of the first micro-batch is nan before any step" in done.stderr
+    assert "step 1/" not in done.stderr
+    assert not (tmp_path / "outputs" / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "torchao_int8"])
+def test_a_plan_of_a_quantized_base_tells_the_parameters_and_sizes_of_its_run(tmp_path, kind):
+    base = write_checkpoint(tmp_path / "base", vocabulary=320, hidden_size=64, intermediate_size=128)
+    recipe = write_recipe(
+        tmp_path,
+        model=from_checkpoint(base, quantization=kind),
+        adapter={"kind": "lora", "rank": 64},
+    )
+    done = run_train("--config", recipe, "--plan")
+    assert done.code == 0, done.stderr
+    plan, run = plan_of(tmp_path), tmp_path / "outputs" / "run"
+    assert run_train("--config", recipe).code == 0
+    parameters = json.loads((run / "result.json").read_text())["parameters"]
+    assert parameters["trainable"] == plan["weights"]["adapter"]["trained"]
+    assert parameters["total"] == sum(part["trained"] + part["frozen"] for part in plan["weights"].values())
+    assert plan["weights"]["embeddings"] == {"trained": 0, "frozen": 320 * 64}
+    assert plan["weights"]["MLP"] == {"trained": 0, "frozen": 2 * 3 * 64 * 128}, "as many numbers as 4-bit ones are"
+    assert plan["bytes"]["checkpoint"] == pytest.approx(size_of([run / "checkpoint-4"]), rel=0.01)
+    assert plan["start_loss"]["tokens"] > 0

@@ -245,6 +245,15 @@ def break_it(model, how):
     elif how == "layers that are missing":
         for weight in matrices:
             weight.zero_()
+    elif how == "layers in reverse":
+        model.model.layers = torch.nn.ModuleList(reversed(layers))
+    elif how == "a head of noise":
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(table) * 0.02)
+    elif how == "q and k in llama2.c's order":
+        for layer in layers:
+            for part, heads in ((layer.self_attn.q_proj, 8), (layer.self_attn.k_proj, 4)):
+                halves = part.weight.unflatten(0, (heads, 2, -1))
+                part.weight.copy_(halves.transpose(1, 2).flatten(end_dim=2).clone())
     elif how == "no numbers":
         matrices[0][0, 0] = math.nan
 
@@ -261,23 +270,30 @@ def text_of(name):
     return (next(path.glob("*.txt")) if path.is_dir() else path).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize(
-    "how",
-    ["whole", "embeddings in another order", "embeddings one row off", "layers of noise", "layers that are missing"],
-)
-def test_the_loss_at_the_start_tells_a_broken_checkpoint_from_new_text(stories, tmp_path, how, text):
+SEEN = {
+    "whole": {"stories": [], "sums": [], "Shakespeare": []},
+    "embeddings in another order": {"stories": [True], "sums": [True], "Shakespeare": [True]},
+    "embeddings one row off": {"stories": [True], "sums": [True], "Shakespeare": [True]},
+    "layers of noise": {"stories": [True], "sums": [True], "Shakespeare": [True]},
+    "layers that are missing": {"stories": [True], "sums": [True], "Shakespeare": [True]},
+    "layers in reverse": {"stories": [False], "sums": [True], "Shakespeare": [True]},
+    "a head of noise": {"stories": [False], "sums": [False], "Shakespeare": [False]},
+    "q and k in llama2.c's order": {"stories": [], "sums": [False], "Shakespeare": []},
+}
+"""Whether a finding stops the run; the last line shows the limit: what is a little wrong still knows much."""
+
+
+@pytest.mark.parametrize("how", SEEN)
+def test_the_loss_at_the_start_tells_a_broken_checkpoint_from_new_text(stories, tmp_path, how):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
     break_it(model, how)
-    trainer = trainer_of(model, tokenizer, pieces_of(text_of(text), tokenizer), tmp_path)
-    start = measure_start_loss(trainer, trainer.first_batches(1)[0])
-    found = loss_findings(start, model, starts_fresh=False)
-    if how == "whole":
-        assert not any(finding.stops for finding in found)
-        assert found == [] or text != "stories"
-        assert start.gain > 4
-    else:
-        assert [finding.stops for finding in found] == [True]
+    seen = {}
+    for text in TEXTS:
+        trainer = trainer_of(model, tokenizer, pieces_of(text_of(text), tokenizer), tmp_path)
+        start = measure_start_loss(trainer, trainer.first_batches(1)[0])
+        print(f"{how}, {text}: loss {start.loss:.1f}, gain {start.gain:.1f} +- {start.gain_error:.1f}")
+        seen[text] = [finding.stops for finding in loss_findings(start, model, starts_fresh=False)]
+    assert seen == SEEN[how]
 
 
 def test_weights_that_are_no_numbers_end_the_start(stories, tmp_path):
