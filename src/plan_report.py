@@ -132,7 +132,8 @@ def _weights(plan: "Plan") -> list[str]:
 def _machine(plan: "Plan") -> list[str]:
     texts = [f"{plan.processes} process(es) on {plan.device}, attention {plan.attention}", plan.precision]
     if plan.start_loss is not None:
-        texts.append(f"loss before the first step: {plan.start_loss.loss:.4f} nats a token, of the first micro-batches")
+        loss = plan.start_loss
+        texts.append(f"loss before the first step: {loss.loss:.4f} nats a token; a guess has {loss.guess:.4f}")
     return _titled("machine", texts)
 
 

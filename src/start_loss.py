@@ -49,6 +49,13 @@ class StartLoss:
     tokens: int
     distinct_tokens: int
     """Of one process, the mean over them."""
+    vocabulary: int
+    """Tokens that a guess is made of."""
+
+    @property
+    def guess(self) -> float:
+        """The loss of one that knows nothing, ln(vocabulary)."""
+        return math.log(self.vocabulary)
 
 
 def measure_start_loss(trainer: SFTTrainer, batch: Batch) -> StartLoss | None:
@@ -90,6 +97,7 @@ def measure_start_loss(trainer: SFTTrainer, batch: Batch) -> StartLoss | None:
         gain_error=math.sqrt(variance / tokens),
         tokens=int(tokens),
         distinct_tokens=round(distinct / trainer.accelerator.num_processes),
+        vocabulary=vocabulary_of(model),
     )
 
 
@@ -124,17 +132,17 @@ def loss_findings(start: StartLoss | None, model: torch.nn.Module, *, starts_fre
         ]
     if start.tokens < LEAST_TOKENS:
         return []
-    return _fresh(start, model) if starts_fresh else _trained(start, vocabulary_of(model))
+    return _fresh(start, model) if starts_fresh else _trained(start)
 
 
 def vocabulary_of(model: torch.nn.Module) -> int:
-    """Rows of the head: tokens that a guess is made of."""
+    """Rows of the head."""
     return model.config.get_text_config().vocab_size
 
 
-def _trained(start: StartLoss, vocabulary: int) -> list[StartFinding]:
-    guess = math.log(vocabulary)
-    measured = f"{start.loss:.2f} nats a token before any step, and a guess among {vocabulary:,} tokens has {guess:.2f}"
+def _trained(start: StartLoss) -> list[StartFinding]:
+    guess = start.guess
+    measured = f"{start.loss:.2f} nats a token before any step, and a guess among {start.vocabulary:,} has {guess:.2f}"
     knows = start.gain > ERRORS * start.gain_error
     gain = f"the true order of the targets gains {start.gain:.2f} +- {start.gain_error:.2f} over another one"
     mend = "load or convert the checkpoint again, with the tokenizer that it was trained with as model.tokenizer"
@@ -181,7 +189,7 @@ def _fresh(start: StartLoss, model: torch.nn.Module) -> list[StartFinding]:
             "start_loss",
             stops=False,
             found=f"the loss of the first micro-batch is {start.loss:.2f} nats a token before any step, and random "
-            f"weights of this size give {low:.2f} to {high:.2f} with a vocabulary of {vocabulary_of(model):,}",
+            f"weights of this size give {low:.2f} to {high:.2f} with a vocabulary of {start.vocabulary:,}",
             why="a model that has learned nothing sees its targets" if below else "its first steps undo its start",
             change="look whether rows repeat one token" if below else "lower model.architecture.initializer_range",
         )

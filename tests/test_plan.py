@@ -259,7 +259,7 @@ def test_a_finding_ends_all_processes_of_a_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", "torchao_int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_plan_of_a_quantized_base_tells_the_parameters_and_sizes_of_its_run(tmp_path, kind):
     base = write_checkpoint(tmp_path / "base", vocabulary=320, hidden_size=64, intermediate_size=128)
     recipe = write_recipe(

@@ -3,8 +3,9 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from src.served_checks import IdsOfRow, bos_findings, stop_findings
 from src.start_loss import StartLoss, fresh_bounds, loss_findings, measure_start_loss
 from src.trainer import SFTTrainer
 from src.training_arguments import training_arguments
+from tests.hub_server import HubServer
 from tests.tiny_run import (
     ARCHITECTURE,
+    ROOT,
     chat_rows,
     from_checkpoint,
     run_train,
@@ -172,6 +175,22 @@ def test_a_hub_that_cannot_be_written_ends_the_start_unless_it_is_forced(tmp_pat
     done = run_train("--config", recipe, "--hub.repo_id", "me/tiny", "--plan", "--force", "hub_access")
     assert done.code == 0, done.stderr
     assert "me/tiny (private): may not be written, see below" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_hub_that_can_be_written_has_no_finding_and_gets_nothing_from_a_plan(tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_user("hf_secret", "me")
+        command = [sys.executable, "train.py", "--config", str(write_recipe(tmp_path)), "--plan"]
+        environment = hub.environment(tmp_path / "home", token="hf_secret")
+        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run([*command, "--hub.repo_id", "me/tiny"], **options)
+        assert done.returncode == 0, done.stderr
+        assert "me/tiny (private): may be written" in done.stdout
+        assert not hub.writes()
+        done = subprocess.run([*command, "--hub.repo_id", "you/tiny"], **options)
+        assert done.returncode == 2
+        assert "hub_access: me may not write to you/" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -341,7 +360,7 @@ def test_a_fresh_model_that_knows_its_targets_is_told(stories):
     model = AutoModelForCausalLM.from_pretrained(stories)
     low, high = fresh_bounds(model, 100)
     for loss, told in ((low - 0.01, "sees its targets"), (high + 0.01, "first steps undo"), ((low + high) / 2, "")):
-        found = loss_findings(StartLoss(loss, 0.0, 0.1, 1000, 100), model, starts_fresh=True)
+        found = loss_findings(StartLoss(loss, 0.0, 0.1, 1000, 100, 512), model, starts_fresh=True)
         assert [told in finding.why for finding in found] == ([True] if told else [])
 
 
@@ -354,8 +373,6 @@ def test_a_checkpoint_that_was_never_trained_is_told_and_trained(tmp_path):
 
 
 def test_every_check_has_a_name_that_a_finding_carries():
-    folder = Path(__file__).parents[1]
-    text = "".join(
-        path.read_text(encoding="utf-8") for path in [*sorted((folder / "src").glob("*.py")), folder / "train.py"]
-    )
+    files = [*sorted((ROOT / "src").glob("*.py")), ROOT / "train.py"]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
     assert [name for name in CHECKS if f'"{name}"' not in text] == []
