@@ -53,7 +53,7 @@ class Plan:
     precision: str
     attention: str
     counts: StepCounts | None
-    """None: the rows are streamed."""
+    """None: the rows are streamed, or this is not the main process."""
     window: dict[str, float] | None
     """Of streamed rows, a step by the mean of the first ones: `tokens`, `supervised_tokens` and `padding_share`."""
     data: dict[str, Any]
@@ -146,8 +146,8 @@ def make_plan(
     sample = trainer.first_batches(SAMPLED_BATCHES)
     first_step = step_of(run.checkpoint) if run.checkpoint else 0
     weights = _weights(model)
-    counts = None
-    if isinstance(trainer.train_dataset, PackedRows):
+    counts, streams = None, not isinstance(trainer.train_dataset, PackedRows)
+    if trainer.args.should_save and not streams:  # every row is read for it, once on all machines
         collator = trainer.data_collator
         counts = count_steps(feed, pad_id=collator.pad_token_id, flat=collator.flat)
     whole = not shards_weights()
@@ -158,13 +158,13 @@ def make_plan(
     return Plan(
         steps=feed.steps,
         first_step=first_step,
-        epochs=None if counts is None else feed.epoch_at(feed.steps),
+        epochs=None if streams else feed.epoch_at(feed.steps),
         processes=trainer.args.world_size,
         device=_device(trainer.args.device),
         precision=precision,
         attention=model.config._attn_implementation,
         counts=counts,
-        window=None if counts is not None else _of_sample(trainer, sample),
+        window=_of_sample(trainer, sample) if streams else None,
         data=report,
         rates=trainer.learning_rates(feed.steps),
         weights=weights,

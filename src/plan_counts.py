@@ -8,12 +8,15 @@ Nothing is estimated: the run's own feed gives the packs of each step, and what 
 
 import copy
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
 from src.batches import PackFeed, StepSplit
 from src.packing import FILLER, IGNORED, PackedRows
+
+ROWS_AT_ONCE, STEPS_AT_ONCE = 10_000, 4096
+"""Rows, and steps, that are counted together."""
 
 
 @dataclass(frozen=True)
@@ -57,28 +60,26 @@ def count_steps(feed: PackFeed, *, pad_id: int, flat: bool) -> StepCounts:
     """
     packs = feed.packs
     tokens_P, supervised_P = _counted(packs, pad_id)
-    lengths_P = np.append(packs.pack_tokens, 1)  # the last is FILLER's, as its index is -1
+    # FILLER's own stand last, as its index is -1.
+    lengths_P, rows_P = np.append(packs.pack_tokens, 1), np.append([len(pack) for pack in packs.packs], 0)
     tokens_P, supervised_P = np.append(tokens_P, int(pad_id != 0)), np.append(supervised_P, 0)
-    rows_P = np.append([len(pack) for pack in packs.packs], 0)
-    assert FILLER == -1, "the filling pack is looked up as the last one"
     whole = copy.copy(feed)
     whole.packs = _Numbers(packs)
     whole.split = _in_one_process(feed.split)
     whole.go_to(0)
-    counted = np.zeros((feed.steps, 5), dtype=np.int64)
-    for step, (batches, _) in enumerate(islice(whole.marked_steps(), feed.steps)):
-        for batch in batches:
-            longest = int(lengths_P[batch].max())
-            positions = int(lengths_P[batch].sum()) if flat else len(batch) * longest
-            given = sum(index != FILLER for index in batch)
-            counted[step] += (
-                rows_P[batch].sum(),
-                given,
-                tokens_P[batch].sum(),
-                supervised_P[batch].sum(),
-                positions,
-            )
-    return StepCounts(*counted.T)
+    counted = []
+    steps = (batches for batches, _ in islice(whole.marked_steps(), feed.steps))
+    while some := list(islice(steps, STEPS_AT_ONCE)):
+        indices = np.fromiter(chain.from_iterable(chain.from_iterable(some)), dtype=np.int64)
+        sizes = np.array([len(batch) for batches in some for batch in batches])
+        batch_starts = np.cumsum([0, *sizes[:-1]])
+        lengths = lengths_P[indices]
+        padded = np.add.reduceat(lengths, batch_starts) if flat else sizes * np.maximum.reduceat(lengths, batch_starts)
+        in_step = np.cumsum([0, *(len(batches) for batches in some[:-1])])
+        summed = (rows_P[indices], indices != FILLER, tokens_P[indices], supervised_P[indices])
+        of_batches = [*(np.add.reduceat(values, batch_starts, dtype=np.int64) for values in summed), padded]
+        counted.append([np.add.reduceat(values, in_step) for values in of_batches])
+    return StepCounts(*(np.concatenate(parts) for parts in zip(*counted, strict=True)))
 
 
 def _in_one_process(split: StepSplit) -> StepSplit:
@@ -103,7 +104,3 @@ def _counted(packs: PackedRows, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.concatenate([np.asarray(pack, dtype=np.int64) for pack in packs.packs])
     starts = np.cumsum([0, *(len(pack) for pack in packs.packs[:-1])])
     return tuple(np.add.reduceat(sums_R[order], starts) for sums_R in (tokens_R, supervised_R))
-
-
-ROWS_AT_ONCE = 10_000
-"""Rows that are counted together."""
