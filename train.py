@@ -4,6 +4,7 @@ accelerate launch train.py --config config/smol.py
 accelerate launch train.py --config config/smol.py --resume
 accelerate launch train.py --config config/smol.py --resume outputs/smol/checkpoint-100
 python train.py --config config/smol.py --optim.learning_rate 1e-3 --print-config
+python train.py --config config/smol.py --plan
 python train.py --help
 """
 
@@ -12,8 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config.effects import effect_of, row_order_settings
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
@@ -32,7 +34,9 @@ if TYPE_CHECKING:  # torch and its company take seconds to import: only once the
     from src.data import TokenizedData
     from src.formats import Conversation
     from src.packing import PackedRows
+    from src.plan import Plan
     from src.run import Run
+    from src.start_checks import StartChecks
     from src.streaming import RowStream
     from src.trainer import SFTTrainer
 
@@ -43,57 +47,53 @@ def train(command: CommandLine) -> None:
     """Recipe -> run -> data -> model -> trainer -> result -> Hub."""
     from transformers.utils.logging import disable_progress_bar
 
-    from src.adapter_methods import check_method
     from src.adapter_starts import FIRST_BATCHES, start_from_batches
-    from src.adapters import count_parameters
     from src.data import token_folder
-    from src.new_tokenizer import keep_tokenizer, with_tokenizer
+    from src.new_tokenizer import with_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
-    from src.run import open_run, publish
-    from src.sharding import check_sharding
+    from src.plan import make_plan
+    from src.run import open_run
+    from src.start_checks import StartChecks
     from src.stopping import stoppable
-    from utils.distributed import accelerator_name, check_launch
-    from utils.engines import check_engine, check_parallelism
     from utils.hub import check_access
-    from utils.reproducibility import environment
 
     disable_progress_bar()
-    check_launch()
-    check_engine(accelerator_name())
     started, config = time.perf_counter(), command.config
-    check_parallelism(packing=config.data.packing)
     pushes = config.hub.repo_id is not None and is_main_process()
-    check_method(config.adapter)
-    check_sharding(config.model, config.adapter, config.optim)
-    run = open_run(config.output, resume=command.resume, resume_from=command.resume_from)
+    _check_start(config)
+    checks = StartChecks(command.force, plans=command.plan)
+    run = open_run(config.output, resume=command.resume, resume_from=command.resume_from, plans=command.plan)
     if pushes:
-        check_access(config.hub.repo_id, private=config.hub.private, create=False)
+        checks.attempt(
+            "hub_access", partial(check_access, config.hub.repo_id, private=config.hub.private, create=False)
+        )
     args = _arguments(config, run)
     cache_folder = token_folder(config.data, config.output)
     own = with_tokenizer(
         config.model, config.data, cache_folder=cache_folder, kept=run.path if run.checkpoint else None
     )
     tokenizer, settings = _words(config, own)
-    stream, data = _data(config, tokenizer, settings, cache_folder)
-    model, start, packing = _model(config, own, tokenizer, settings, run, args)
+    stream, data = _data(config, tokenizer, settings, cache_folder, checks)
+    known_rows = settings.get_text_config().vocab_size  # before they grow
+    model, start, packing = _model(config, own, tokenizer, settings, run, args, checks)
     packs_config = replace(config.data, packing=packing)
     train_packs = stream.packed(packing) if stream else PackedRows.of(data.train, packs_config)
     eval_packs = PackedRows.of(data.eval, packs_config) if data.eval else None
     precision = _precision(config, model, args)
     trainer = _trainer(config, run, args, tokenizer, model, train_packs, eval_packs, data.eval_conversations)
-    if pushes:
-        check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
-    run.record("config.json", to_dict(config), matters=("",), effect=effect_of)
-    if own.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
-        keep_tokenizer(own, run.path)
-    run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))
     packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)
-    run.record("data.json", data.report | packs, matters=("sha256",))
+    plan = make_plan(config, run, trainer, data.report | packs, checks, known_rows=known_rows, precision=precision)
+    if command.plan:
+        return _show(plan, run, checks)
+    checks.enforce()
+    if pushes:  # creates it: nothing else proves that it may be
+        checks.attempt("hub_access", partial(check_access, config.hub.repo_id, private=config.hub.private))
+    run.record("plan.json", plan.as_json(checks, before=run.plan()))
+    _record(config, own, run, data.report | packs)
 
     if config.adapter.init == "eva" and run.checkpoint is None:
         start_from_batches(trainer.accelerator.unwrap_model(trainer.model), trainer.first_batches(FIRST_BATCHES))
-    parameters = count_parameters(model)
     with stoppable(trainer, config.training.grace_period_s):
         trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     if stream:  # what became of its rows is known only now
@@ -101,9 +101,67 @@ def train(command: CommandLine) -> None:
     if eval_packs:
         trainer.evaluate_once()
         trainer.keep_best()
+    _finish(config, run, trainer, start, plan, seconds=time.perf_counter() - started)
+
+
+def _check_start(config: RunConfig) -> None:
+    """Refuse what neither the processes as they were started nor the libraries can do, before anything loads."""
+    from src.adapter_methods import check_method
+    from src.sharding import check_sharding
+    from utils.distributed import accelerator_name, check_launch
+    from utils.engines import check_engine, check_parallelism
+
+    check_launch()
+    check_engine(accelerator_name())
+    check_parallelism(packing=config.data.packing)
+    check_method(config.adapter)
+    check_sharding(config.model, config.adapter, config.optim)
+
+
+def _show(plan: "Plan", run: "Run", checks: "StartChecks") -> None:
+    """Print a plan, and record it where there is no run yet that it could disturb.
+
+    Raises:
+        UserError: the run would not start.
+    """
+    from src.start_checks import told_together
+
+    if is_main_process():
+        if not run.exists():
+            run.record("plan.json", plan.as_json(checks))
+        print("\n".join(plan.lines(checks)))
+        # What a step takes is measured in a process of its own, whose lines and record come here.
+    if found := checks.stopping():
+        raise UserError(told_together(found))
+
+
+def _record(config: RunConfig, own: ModelConfig, run: "Run", report: dict[str, Any]) -> None:
+    """Write what the run is, where it runs, and what it learns from."""
+    from src.new_tokenizer import keep_tokenizer
+    from utils.reproducibility import environment
+
+    run.record("config.json", to_dict(config), matters=("",), effect=effect_of)
+    if own.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
+        keep_tokenizer(own, run.path)
+    run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))
+    run.record("data.json", report, matters=("sha256",))
+
+
+def _finish(
+    config: RunConfig,
+    run: "Run",
+    trainer: "SFTTrainer",
+    start: "dict[str, torch.Tensor] | None",
+    plan: "Plan",
+    *,
+    seconds: float,
+) -> None:
+    """Result -> model card -> Hub."""
+    from src.run import publish
+
     run.export(trainer, config.adapter, start=start, qat=config.model.qat)
-    run.conclude(trainer, seconds=time.perf_counter() - started, parameters=parameters, precision=precision)
-    if pushes:
+    run.conclude(trainer, seconds=seconds, parameters=plan.parameters, precision=plan.precision)
+    if config.hub.repo_id is not None and is_main_process():
         publish(run, config.hub)
 
 
@@ -156,20 +214,23 @@ def _words(config: RunConfig, own: ModelConfig) -> "tuple[PreTrainedTokenizerBas
 
 
 def _data(
-    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", settings: "PreTrainedConfig", cache_folder: Path
+    config: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: "PreTrainedConfig",
+    cache_folder: Path,
+    checks: "StartChecks",
 ) -> "tuple[RowStream | None, TokenizedData]":
     """The stream of training rows, if they are one, and the rows that are prepared."""
     from src.context import context_length
-    from src.contract import enforce
     from src.data import build_datasets
     from src.streaming import stream_datasets
 
     limits = {"context_length": context_length(settings), "cache_folder": cache_folder}
     if config.data.streaming:
-        stream, data = stream_datasets(config.data, tokenizer, **limits)
+        stream, data = stream_datasets(config.data, tokenizer, look_at=checks.look_at_rows, **limits)
     else:
         stream, data = None, build_datasets(config.data, tokenizer, **limits)
-    enforce(data.findings)
+    checks.look_at_rows(data.findings)
     return stream, data
 
 
@@ -180,6 +241,7 @@ def _model(
     settings: "PreTrainedConfig",
     run: "Run",
     args: "TrainingArguments",
+    checks: "StartChecks",
 ) -> "tuple[PreTrainedModel | PeftModel, dict[str, torch.Tensor] | None, bool]":
     """The model with what trains of it, what its adapter took out of the base, and whether it takes packed rows."""
     from transformers import set_seed
@@ -196,7 +258,7 @@ def _model(
     autocast, trains_all = _autocast(args), config.adapter.kind == "none"
     set_seed(config.training.seed)
     model = load_model(own, settings, tokenizer, trains_all=trains_all, autocasts=autocast is not None)
-    check_stop_trains(model, tokenizer, known_rows, config.adapter)
+    checks.attempt("untrained_tokens", partial(check_stop_trains, model, tokenizer, known_rows, config.adapter))
     packing = prove_attention(
         model, config.model.attention, packing=config.data.packing, device=args.device, autocast=autocast
     )

@@ -7,6 +7,7 @@ Torch is not imported, so that a mistake and `--help` answer at once.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from config.checks import CHECKS
 from config.constraints import ConfigError, check_constraints
 from config.overrides import TYPES, RefusedError, override, parse_arguments
 from config.recipe import inline_yaml, load_recipe
@@ -42,6 +44,12 @@ class CommandLine:
     print_config: bool = False
     """Whether the configuration is only printed."""
 
+    plan: bool = False
+    """Whether the run is only planned: what it will do is printed, and nothing trains."""
+
+    force: tuple[str, ...] = ()
+    """Checks of `config.checks` that do not stop the run."""
+
     sources: Mapping[str, Origin] = field(default_factory=dict)
     """Where each value that is not the default comes from, by its dotted name."""
 
@@ -59,6 +67,13 @@ class _Command:
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration as YAML, with where each value comes from, and stop. The output is a recipe too."""
 
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make all checks, print what the run will do and what would go wrong, and stop. Nothing trains."""
+
+    force: str | None = None
+    """A check that shall not stop the run, by the name that its finding has; several are parted by commas, or each has
+    a `--force` of its own. It is recorded."""
+
 
 @dataclass(frozen=True)
 class _Everything:
@@ -71,7 +86,7 @@ class _Everything:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--section.field value ...]`.
+    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--plan] [--force CHECK] [--section.field value ...]`.
 
     An option may be written with `_` or `-`. `--data.train.N.field` with N one above the last source adds a source;
     `--model.architecture.key` sets one key of a mapping; `--data.eval '[]'` replaces a whole list.
@@ -82,13 +97,14 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         ConfigError: the recipe or an option is wrong, or fields contradict each other; every problem is listed.
         SystemExit: with 0, after `--help` was printed.
     """
+    argv, forced = _without_forced(argv)
     argv, resume_from = _without_checkpoint(argv)
     try:
         command, rest = parse_arguments(_Command, _Command(), argv, flags=True)
     except RefusedError:
         problem = (
             "--config takes the recipe's path, such as --config config/smol.py; --resume takes none or a checkpoint's, "
-            "such as --resume outputs/smol/checkpoint-100; --print_config takes none"
+            "such as --resume outputs/smol/checkpoint-100; --print_config and --plan take none"
         )
         raise ConfigError(problem) from None
     if any(argument in ("-h", "--help") for argument in rest):
@@ -108,8 +124,40 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     except ConfigError as error:
         raise ConfigError(error.problems, where=str(command.config)) from None
     return CommandLine(
-        config, command.config, command.resume, resume_from, command.print_config, _origins(config, recipe)
+        config=config,
+        recipe=command.config,
+        resume=command.resume,
+        resume_from=resume_from,
+        print_config=command.print_config,
+        plan=command.plan,
+        force=forced,
+        sources=_origins(config, recipe),
     )
+
+
+def _without_forced(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The arguments without each `--force`, and the checks that these name: tyro keeps the last of equal options.
+
+    Raises:
+        ConfigError: one names no check, or none at all.
+    """
+    rest: list[str] = []
+    forced: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        option, inline, value = argument.partition("=")
+        if option != "--force":
+            rest.append(argument)
+            continue
+        given = value if inline else next(arguments, "")
+        names = [name.strip().replace("-", "_") for name in given.split(",")]
+        unknown = [name for name in names if name not in CHECKS]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], CHECKS, n=1)
+            hint = f"did you mean {near[0]}? There are" if near else "there are"
+            raise ConfigError(f"--force {given or '(nothing)'} names no check; {hint} {', '.join(CHECKS)}")
+        forced += names
+    return rest, tuple(dict.fromkeys(forced))
 
 
 def _without_checkpoint(argv: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -62,7 +62,7 @@ def save_adapter(
         _save_as_lora(model, folder)
     else:
         # PEFT saves a head that is a target whole, which without its start fits no other base.
-        whole = _embeddings_to_save(model) if start is None else False
+        whole = embeddings_to_save(model) if start is None else False
         model.save_pretrained(folder, selected_adapters=[NEW], state_dict=state_dict, save_embedding_layers=whole)
     if start is not None:
         _subtract_start(model, folder, start)
@@ -80,7 +80,7 @@ def _is_matrix(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def _embeddings_to_save(model: PeftModel) -> str | bool:
+def embeddings_to_save(model: PeftModel) -> str | bool:
     """Whether embeddings are saved whole: PEFT says, unless what changed of them is in the adapter anyway.
 
     Rows that were added are new wherever the base is grown again, and the adapter's own rows then take their place.

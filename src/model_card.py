@@ -130,10 +130,9 @@ def _sources(config: dict[str, Any], record: dict[str, Any], launched_in: Path) 
 
 def _metadata(run: _Run) -> ModelCardData:
     results = _eval_results(run)
-    relation = "adapter" if run.adapter else "finetune"
     return ModelCardData(
         base_model=run.base if run.base_on_hub else None,
-        base_model_relation=relation if run.base_on_hub else None,
+        base_model_relation=("adapter" if run.adapter else "finetune") if run.base_on_hub else None,
         datasets=list(dict.fromkeys(source.name for source in run.sources if source.on_hub)) or None,
         eval_results=results or None,
         library_name="peft" if run.adapter else "transformers",
@@ -373,6 +372,8 @@ def _limits(run: _Run) -> str:
         lines += [f"It was trained on {quantization} weights; on unquantized ones its answers may differ slightly."]
     if not run.has_chat_template:
         lines += ["It has no chat template: it continues text, and is not made for conversations."]
+    if forced := run.result.get("forced_checks"):
+        lines += [f"It was trained although these checks would have stopped the run: {', '.join(forced)}."]
     if run.get("hub.license") is None:
         origins = "the data" if run.base is None else "the base model and of the data"
         lines += [f"No license is stated here; the licenses of {origins} apply."]

@@ -14,6 +14,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Trainer
 from transformers.training_args import OptimizerNames, TrainingArguments
@@ -342,6 +343,14 @@ class OptimizerHooks:
             steps = decay_steps(self.optim, steps=num_training_steps, warmup_steps=warmup_steps)
             self.args.lr_scheduler_kwargs["num_decay_steps"] = steps
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def learning_rates(self, steps: int) -> np.ndarray:
+        """The rate that each step of a run will take, by the run's own schedule, float64, (steps,)."""
+        stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate)
+        kept, self.lr_scheduler = self.lr_scheduler, None
+        [factor] = self.create_scheduler(steps, stand_in).lr_lambdas
+        self.lr_scheduler = kept
+        return self.args.learning_rate * np.array([factor(step) for step in range(steps)])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; a schedule-free optimizer then leaves its averaged weights in the model."""

@@ -36,6 +36,9 @@ from utils.metrics import peak_memory
 
 log = get_logger(__name__)
 
+PLAN = "plan.json"
+"""The record of the preflight."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -72,6 +75,15 @@ class Run:
                     log.warning("%s", f"{told}; {effect(key)}" if effect else told)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
+
+    def exists(self) -> bool:
+        """Whether the directory holds a run, and not only a plan of one."""
+        return self.path.is_dir() and any(path.name != PLAN for path in self.path.iterdir())
+
+    def plan(self) -> dict[str, Any] | None:
+        """The record of the preflight of the start before, where the run goes on from a checkpoint."""
+        path = self.path / PLAN
+        return json.loads(path.read_text(encoding="utf-8")) if self.checkpoint and path.is_file() else None
 
     def export(
         self,
@@ -153,6 +165,7 @@ class Run:
             "before": _evaluations(metrics, 0),
             "after": _evaluations(metrics, steps),
             "peak_memory": peak_memory(),
+            "forced_checks": json.loads((self.path / PLAN).read_text(encoding="utf-8"))["forced"],
         }
 
 
@@ -176,7 +189,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {name: value for key, part in items for name, value in _flat(part, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = None) -> Run:
+def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = None, plans: bool = False) -> Run:
     """Find the directory of a run that starts, or the checkpoint of one that goes on. Nothing is written.
 
     Each process reads the checkpoint's files, once more than it loads them, so that all come to the same one.
@@ -184,6 +197,7 @@ def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = N
     Args:
         resume: whether the run goes on.
         resume_from: the checkpoint that it then goes on from. None: the newest whose files are as they were written.
+        plans: whether the run is only planned, so that another may be there.
     Raises:
         UserError: a run that starts would overwrite another, one that should go on has no checkpoint or a damaged one,
             or nothing can be written there.
@@ -202,11 +216,15 @@ def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = N
             )
         _tell_other_settings(path, checkpoint)
         return Run(path, checkpoint)
-    if is_main_process() and path.exists() and any(path.iterdir()):
-        raise UserError(
+    run = Run(path, None)
+    if is_main_process() and run.exists():
+        told = (
             f"{path} holds a run already; go on with it by --resume, or start another beside it by --output.name NAME"
         )
-    return Run(path, None)
+        if not plans:
+            raise UserError(told)
+        log.warning("%s", told)
+    return run
 
 
 def _tell_other_settings(path: Path, checkpoint: Path) -> None:

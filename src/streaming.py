@@ -52,22 +52,30 @@ FILLED = 0.98
 class RowStream:
     """The rows of a run's training sources as packs, window by window and epoch by epoch."""
 
-    def __init__(self, config: DataConfig, sources: Sequence[OpenSource], preparation: Preparation) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        sources: Sequence[OpenSource],
+        preparation: Preparation,
+        look_at: Callable[[Sequence[Finding]], None] = enforce,
+    ) -> None:
         """
         Args:
             sources: those of the training rows.
             preparation: what knows the rows that are held out for evaluation.
+            look_at: holds the defects of the first window's rows against the contract, and raises where they break it.
         """
         self.config = config
         self.sources = sources
         self.preparation = preparation
+        self.look_at = look_at
         self.start = Place(0, 0, (0,) * len(sources), tuple(Tally() for _ in sources))
         self.tell_others: Callable[[str], None] = _refuse_others
         """Told what is found where rows that are read again are not those that were read before."""
 
     def packed(self, packing: bool) -> "RowStream":
         """The same rows, sharing packs or not."""
-        return RowStream(replace(self.config, packing=packing), self.sources, self.preparation)
+        return RowStream(replace(self.config, packing=packing), self.sources, self.preparation, self.look_at)
 
     def packs_rows(self) -> bool:
         """Whether some rows share a pack."""
@@ -99,7 +107,7 @@ class RowStream:
                 if place.epoch > 0:
                     tallies = place.tallies  # the rows of a later epoch are those of the first
                 elif place.window == 0:
-                    enforce(self._findings(tallies))
+                    self.look_at(self._findings(tallies))
                 chains = tuple(reader.chain for reader in readers)
                 after = Place(place.epoch, place.window + 1, read, tallies, left_over, chains)
                 yield place, packs, after
@@ -207,9 +215,12 @@ def stream_datasets(
     *,
     context_length: int | None = None,
     cache_folder: Path | None = None,
+    look_at: Callable[[Sequence[Finding]], None] = enforce,
 ) -> tuple[RowStream, TokenizedData]:
     """The training sources of a run, open to be streamed, and its evaluation rows, prepared; see `build_datasets`.
 
+    Args:
+        look_at: as `RowStream` takes it.
     Raises:
         UserError: a source, template or length is not right; it says what was found and what to change.
     """
@@ -225,7 +236,7 @@ def stream_datasets(
     if len(sources) - len(at_hand) > 1 and any(source.weight is None for source in config.train):
         log.warning("the sources of a stream without weights come one after the other; give each a weight to mix them")
     log.info("training rows are streamed: which of them are equal is not known, and counts are told at the end")
-    stream = RowStream(config, sources[len(at_hand) :], preparation)
+    stream = RowStream(config, sources[len(at_hand) :], preparation, look_at)
     data.report.update(stream.report(data.report, stream.start.tallies))
     digests.save()
     return stream, data

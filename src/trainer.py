@@ -194,6 +194,10 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
         epochs = self.args.num_train_epochs
         return PackFeed(self.train_dataset, self._split, seed=seed, epochs=epochs, max_steps=max_steps)
 
+    def planned_feed(self) -> PackFeed | StreamFeed:
+        """The steps of a run that starts, before training begins."""
+        return self._new_feed()
+
     def _new_steps(self) -> ReadySteps:
         return ReadySteps(
             self.feed,

@@ -336,7 +336,11 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_from_which_the_run_goes_
     whole = tmp_path / "outputs" / "whole"
     room = int(1.5 * sum(path.stat().st_size for path in (whole / "checkpoint-2").iterdir()))
     with small_disk(run, room):
-        done = run_train("--config", recipe)
+        refused = run_train("--config", recipe)
+        assert refused.code == 2
+        assert "error: disk_space: the run writes up to " in refused.stderr
+        assert [path.name for path in run.iterdir()] == []
+        done = run_train("--config", recipe, "--force", "disk_space")
         assert done.code == 2, done.stderr
         assert f"error: checkpoint {run / 'checkpoint-4'} could not be written" in done.stderr
         assert "The last complete checkpoint is checkpoint-2; free some space, then use --resume" in done.stderr
