@@ -20,6 +20,7 @@ from config.schema import ModelConfig, RunConfig
 from utils.errors import UserError
 from utils.launch import is_main_process
 from utils.logging import get_logger, set_up_logging
+from utils.memory import fix_allocator
 
 if TYPE_CHECKING:  # torch and its company take seconds to import: only once the recipe is known to be right
     import torch
@@ -42,7 +43,7 @@ other process alone has met, such as a file that is missing on its machine, it s
 
 
 def train(command: CommandLine) -> None:
-    """Recipe -> run -> data -> model -> trainer -> result -> Hub."""
+    """Recipe -> run -> data -> model -> trainer -> result -> Hub; or a trial of that."""
     from transformers.utils.logging import disable_progress_bar
 
     from src.adapter_methods import check_method
@@ -53,6 +54,7 @@ def train(command: CommandLine) -> None:
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
+    from src.trial import begin_trial, run_trial, trial_config
     from utils.distributed import check_launch
     from utils.hub import check_access
     from utils.reproducibility import environment
@@ -60,9 +62,12 @@ def train(command: CommandLine) -> None:
     disable_progress_bar()
     check_launch()
     started, config = time.perf_counter(), command.config
+    if command.trial:
+        begin_trial(command.trial)
+        config = trial_config(config, command.trial)
     pushes = config.hub.repo_id is not None and is_main_process()
     check_method(config.adapter)
-    run = open_run(config.output, resume=command.resume, resume_from=command.resume_from)
+    run = open_run(config.output, resume=command.resume and not command.trial, resume_from=command.resume_from)
     if pushes:
         check_access(config.hub.repo_id, private=config.hub.private, create=False)
     args = _arguments(config, run)
@@ -77,7 +82,9 @@ def train(command: CommandLine) -> None:
     train_packs = stream.packed(packing) if stream else PackedRows.of(data.train, packs_config)
     eval_packs = PackedRows.of(data.eval, packs_config) if data.eval else None
     precision = _precision(config, model, args)
-    trainer = _trainer(config, run, args, tokenizer, model, train_packs, eval_packs, data.eval_conversations)
+    trainer = _trainer(
+        config, run, args, tokenizer, model, train_packs, eval_packs, data.eval_conversations, tries=bool(command.trial)
+    )
     if pushes:
         check_access(config.hub.repo_id, private=config.hub.private)  # creates it: nothing else proves that it may be
     run.record("config.json", to_dict(config), matters=("",), effect=effect_of)
@@ -89,6 +96,8 @@ def train(command: CommandLine) -> None:
 
     if config.adapter.init == "eva" and run.checkpoint is None:
         start_from_batches(trainer.accelerator.unwrap_model(trainer.model), trainer.first_batches(FIRST_BATCHES))
+    if command.trial:
+        return run_trial(trainer, run, config, start=start, qat=config.model.qat)
     parameters = count_parameters(model)
     trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     if stream:  # what became of its rows is known only now
@@ -239,12 +248,19 @@ def _trainer(
     train_packs: "PackedRows | RowStream",
     eval_packs: "PackedRows | None",
     conversations: "Sequence[Conversation]",
+    *,
+    tries: bool = False,
 ) -> "SFTTrainer":
-    """The trainer and what watches it."""
+    """The trainer and what watches it.
+
+    Args:
+        tries: whether it is that of a trial, which measures.
+    """
     from src.callbacks import Answers, MetricsFile, Progress
     from src.compilation import CompiledLayers
     from src.loss import SupervisedLoss
     from src.trainer import SFTTrainer
+    from src.trial import TrialTrainer
 
     training = config.training
     metrics = MetricsFile(run.path / "metrics.jsonl")
@@ -252,7 +268,7 @@ def _trainer(
     score = SupervisedLoss(
         label_smoothing=training.label_smoothing, z_loss=training.z_loss, router_aux_loss=training.router_aux_loss
     )
-    trainer = SFTTrainer(
+    trainer = (TrialTrainer if tries else SFTTrainer)(
         model=model,
         args=args,
         tokenizer=tokenizer,
@@ -272,6 +288,7 @@ def _trainer(
 
 def main() -> int:
     """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first."""
+    fix_allocator()
     set_up_logging()
     try:
         command = read_command_line(sys.argv[1:])

@@ -42,6 +42,9 @@ class CommandLine:
     print_config: bool = False
     """Whether the configuration is only printed."""
 
+    trial: Path | None = None
+    """The folder of a trial of the run, in place of the run itself; None: the run."""
+
     sources: Mapping[str, Origin] = field(default_factory=dict)
     """Where each value that is not the default comes from, by its dotted name."""
 
@@ -59,6 +62,10 @@ class _Command:
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration as YAML, with where each value comes from, and stop. The output is a recipe too."""
 
+    trial: Path | None = None
+    """An empty folder, for a trial of the run in place of the run: its worst steps, an evaluation and a save, measured.
+    It is what measures the costs of a run; its report.json is no more than the figures."""
+
 
 @dataclass(frozen=True)
 class _Everything:
@@ -71,7 +78,7 @@ class _Everything:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--section.field value ...]`.
+    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--trial FOLDER] [--section.field value ...]`.
 
     An option may be written with `_` or `-`. `--data.train.N.field` with N one above the last source adds a source;
     `--model.architecture.key` sets one key of a mapping; `--data.eval '[]'` replaces a whole list.
@@ -88,7 +95,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     except RefusedError:
         problem = (
             "--config takes the recipe's path, such as --config config/smol.py; --resume takes none or a checkpoint's, "
-            "such as --resume outputs/smol/checkpoint-100; --print_config takes none"
+            "such as --resume outputs/smol/checkpoint-100; --print_config takes none, and --trial an empty folder's"
         )
         raise ConfigError(problem) from None
     if any(argument in ("-h", "--help") for argument in rest):
@@ -108,7 +115,13 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     except ConfigError as error:
         raise ConfigError(error.problems, where=str(command.config)) from None
     return CommandLine(
-        config, command.config, command.resume, resume_from, command.print_config, _origins(config, recipe)
+        config,
+        command.config,
+        command.resume,
+        resume_from,
+        command.print_config,
+        trial=command.trial,
+        sources=_origins(config, recipe),
     )
 
 

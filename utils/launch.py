@@ -20,3 +20,8 @@ def is_first_of_machine() -> bool:
 def processes_started() -> int:
     """Processes that the launcher started, by its own account."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_here() -> int:
+    """Processes that the launcher started on this machine, by its own account."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
