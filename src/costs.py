@@ -7,6 +7,7 @@ for line in costs.lines():
 """
 
 import statistics
+import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ from src.trial import ANSWERED_AT_ONCE, ORDINARY, WARM_UP
 Outcome = Literal["measured", "out of memory", "failed", "not measured"]
 
 MIB = 2**20
+
+WIDTH = 100
+"""Columns of a terminal."""
 
 PLACES = {"resident": "host", "cuda": "GPU"}
 """Where memory is, in words."""
@@ -228,15 +232,13 @@ class Costs:
             )
         told = ["  memory: " + ("; ".join(parts) or "nothing measured")]
         if self.mapped_bytes > 64 * MIB:
-            told.append(
-                f"          {self.mapped_bytes / MIB:,.0f} MiB of it are pages of the prepared data, which the system "
-                "drops when it needs them"
+            size = f"{self.mapped_bytes / MIB:,.0f} MiB"
+            told += _wrapped(
+                f"{size} of it are pages of the prepared data, which the system drops when it needs them", " " * 10
             )
         if self.processes > 1:
-            told.append(
-                f"          for each of {self.processes} processes, as one measured it; DDP adds about the bytes of "
-                "the gradients"
-            )
+            each = f"for each of {self.processes} processes, as one measured it"
+            told += _wrapped(f"{each}; DDP adds about the bytes of the gradients", " " * 10)
         return told
 
     def _ways_out(self) -> list[str]:
@@ -317,16 +319,19 @@ def _answers_s(report: dict[str, Any], spent: float, evaluations: int) -> float:
 
 
 def _times(one: Projection) -> list[str]:
-    parts = [f"{one.steps:,} steps of {one.step_s:.3g} s"]
+    parts = [f"{one.start_s:.3g} s to start", f"{one.steps:,} steps of {one.step_s:.3g} s"]
     if one.evaluations:
         parts.append(f"{one.evaluations} evaluations of {one.evaluation_s:.3g} s")
+    if one.answers_s:
         parts.append(f"{one.answers_s:.3g} s of answers")
     if one.checkpoints:
         parts.append(f"{one.checkpoints} checkpoint(s) of {one.checkpoint_s:.2g} s")
-    return [
-        f"  time: {clock(one.run_s)}; from {clock(one.low_s)} to {clock(one.high_s)} by the fastest and slowest step",
-        f"        {', '.join(parts)}, {one.start_s:.3g} s to start",
-    ]
+    told = f"time: {clock(one.run_s)}; from {clock(one.low_s)} to {clock(one.high_s)} by the fastest and slowest step"
+    return [f"  {told}", *_wrapped(f"{', '.join(parts)}, {one.result_s:.2g} s to write the result", " " * 8)]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 def _mib_of(sizes: dict[str, int]) -> dict[str, int]:
