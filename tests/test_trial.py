@@ -44,12 +44,17 @@ def measured(recipe, *options):
     return measure_costs(read_command_line(["--config", str(recipe), *options]).config, ROOT / "train.py")
 
 
-def peak_of_run(recipe, *options):
-    """What a process of its own says that the run took at most."""
+def result_of_run(recipe, *options):
+    """The result.json of a run in a process of its own."""
     command = [sys.executable, "train.py", "--config", str(recipe), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads((recipe.parent / "outputs" / "run" / "result.json").read_text())["peak_memory"]["resident_mib"]
+    return json.loads((recipe.parent / "outputs" / "run" / "result.json").read_text())
+
+
+def peak_of_run(recipe):
+    """What a run says that it took at most, in MiB."""
+    return result_of_run(recipe)["peak_memory"]["resident_mib"]
 
 
 def files_below(folder):
