@@ -9,13 +9,12 @@ for line in costs.lines():
 import statistics
 import textwrap
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from config.schema import RunConfig
 from src.callbacks import clock
+from src.proposals import Outcome, Tried
 from src.trial import ANSWERED_AT_ONCE, ORDINARY, WARM_UP
-
-Outcome = Literal["measured", "out of memory", "failed", "not measured"]
 
 MIB = 2**20
 
@@ -64,25 +63,6 @@ class Projection:
             + self.checkpoints * self.checkpoint_s
             + self.result_s
         )
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A change of the settings that was tried where the run does not fit."""
-
-    options: str
-    """As the command line takes them."""
-
-    note: str
-    """What else it changes; empty: nothing that is learned."""
-
-    outcome: Outcome
-    fits: bool
-    peak_mib: dict[str, int]
-    """By device; empty where the trial did not come to an end."""
-
-    reason: str
-    step_s: float | None
 
 
 @dataclass(frozen=True)

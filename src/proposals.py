@@ -11,7 +11,7 @@ batch, activations that are computed again, activations that wait on the host, a
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from config.constraints import ConfigError, check_constraints
 from config.schema import FreezeConfig, OptimConfig, RunConfig
@@ -20,9 +20,12 @@ from utils.distributed import accelerator_name
 from utils.logging import get_logger
 
 if TYPE_CHECKING:  # which imports this module
-    from src.costs import Costs, Tried
+    from src.costs import Costs
 
 log = get_logger(__name__)
+
+Outcome = Literal["measured", "out of memory", "failed", "not measured"]
+"""How a trial ended."""
 
 EIGHT_BIT = {OptimConfig().name: "adamw_8bit", "adamw_torch": "adamw_8bit", "lion_32bit": "lion_8bit"}
 """Optimizers of 8 bits in place of others."""
@@ -33,6 +36,25 @@ ADAPTER_NOTE = "an adapter trains in place of all weights, which changes what is
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A change of the settings that was tried where the run does not fit."""
+
+    options: str
+    """As the command line takes them."""
+
+    note: str
+    """What else it changes; empty: nothing that is learned."""
+
+    outcome: Outcome
+    fits: bool
+    peak_mib: dict[str, int]
+    """By device; empty where the trial did not come to an end."""
+
+    reason: str
+    step_s: float | None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Settings that need less memory, and what else they change."""
 
@@ -40,7 +62,7 @@ class Candidate:
     note: str = ""
 
 
-def propose(config: RunConfig, measure: "Callable[[RunConfig], Costs]") -> "tuple[Tried, ...]":
+def propose(config: RunConfig, measure: "Callable[[RunConfig], Costs]") -> tuple[Tried, ...]:
     """Try what would fit, until something does.
 
     Args:
@@ -49,8 +71,6 @@ def propose(config: RunConfig, measure: "Callable[[RunConfig], Costs]") -> "tupl
     Returns:
         All that was tried, in order.
     """
-    from src.costs import Tried
-
     tried: list[Tried] = []
     for candidate in candidates(config, device=accelerator_name()):
         costs, options = measure(candidate.config), options_of(config, candidate.config)

@@ -30,8 +30,8 @@ import yaml
 from config.recipe import YamlDumper
 from config.schema import RunConfig
 from config.validation import to_tree
-from src.costs import Costs, Outcome
-from src.proposals import propose
+from src.costs import Costs
+from src.proposals import Outcome, propose
 from src.trial import LOCK, LOG, RECIPE, REPORT
 from utils.distributed import shards_weights
 from utils.launch import processes_here, processes_started
