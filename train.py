@@ -63,8 +63,8 @@ def train(command: CommandLine) -> None:
     check_launch()
     started, config = time.perf_counter(), command.config
     if command.trial:
-        begin_trial(command.trial)
         config = trial_config(config, command.trial)
+        begin_trial(command.trial)
     pushes = config.hub.repo_id is not None and is_main_process()
     check_method(config.adapter)
     run = open_run(config.output, resume=command.resume and not command.trial, resume_from=command.resume_from)

@@ -170,7 +170,7 @@ class Costs:
     def lines(self) -> list[str]:
         """The same for people, of at most 100 columns but for what others have said."""
         if self.outcome == "not measured":
-            return [f"costs: not measured: {self.reason}"]
+            return _wrapped(f"costs: not measured: {self.reason}", "")
         told = ["costs, measured by a trial in a process of its own", *self._table(), *self._memory()]
         if self.projection:
             told += _times(self.projection)

@@ -74,8 +74,12 @@ def trial_config(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def begin_trial(folder: Path) -> None:
-    """Have the trial end, and its folder go, if the process that started it ends; and be the first to be killed where
-    memory runs out."""
+    """Have the trial end, and its folder go, if the process that started it ends, which is known from a pipe that
+    closes; and be the first to be killed where memory runs out.
+
+    Args:
+        folder: one that `trial_config` has found to be the trial's own.
+    """
     be_killed_first()
     (folder / RECIPE).unlink(missing_ok=True)  # it has been read, and URLs in it may hold what opens them
     if stat.S_ISFIFO(os.fstat(0).st_mode):
@@ -265,7 +269,6 @@ def run_trial(trainer: TrialTrainer, run: Run, config: RunConfig, **export: Any)
         trainer.evaluate_once()
         phases.end("answers")
     run.export(trainer, config.adapter, **export)
-    phases.report["complete"] = True
     phases.end("result", bytes=size_of([run.path / "model"]))
 
 

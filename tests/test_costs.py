@@ -44,7 +44,6 @@ REPORT = {
     "evaluation_tokens": [100, 300],
     "answers": {"tried": 32, "at_ends": 64, "between": 3},
     "mapped_bytes": 100 * MIB,
-    "complete": True,
 }
 
 

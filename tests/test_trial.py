@@ -152,6 +152,15 @@ def test_a_trial_that_is_killed_leaves_nothing_and_the_plan_goes_on(tmp_path):
     )
 
 
+def test_a_folder_that_holds_something_is_not_taken_for_a_trial(tmp_path):
+    recipe = write_recipe(tmp_path)
+    there = files_below(tmp_path)
+    done = run_train("--config", recipe, "--trial", tmp_path)
+    assert done.code == 2
+    assert f"error: --trial {tmp_path} holds eval.jsonl" in done.stderr
+    assert files_below(tmp_path) == there
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="the system sets no limits of other processes")
 def test_a_trial_that_gets_no_more_memory_says_so(tmp_path):
