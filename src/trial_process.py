@@ -19,11 +19,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -44,6 +46,13 @@ log = get_logger(__name__)
 
 TIMEOUT_S = 3600.0
 """Seconds that a trial may take, of which a model's loading may be many."""
+
+STALL_S = 120.0
+"""Seconds without any work of a processor after which a trial is ended. Python waits for ever for a thread that had no
+memory to begin with."""
+
+LOOK_S = 1.0
+"""Seconds between two looks at that."""
 
 PREFIX = ".trial-"
 
@@ -146,24 +155,57 @@ def _run(config: RunConfig, entry: Path, folder: Path, timeout_s: float) -> tupl
         # The pipe is never written to: it closes when this process ends, however it does, and then the trial ends too.
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, env=environment)
         try:
-            code = child.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return "failed", f"it took longer than {timeout_s:,.0f} s"
+            limit = _watch(child, timeout_s)
         finally:
             child.kill()
             child.wait()
             child.stdin.close()
-    return _ending(code, (folder / LOG).read_text(encoding="utf-8", errors="replace"))
+    return _ending(child.returncode, limit, (folder / LOG).read_text(encoding="utf-8", errors="replace"))
 
 
-def _ending(code: int, said: str) -> tuple[Outcome, str]:
+def _watch(child: subprocess.Popen[bytes], timeout_s: float) -> str:
+    """Wait for a trial to end; or say, while it still runs, which limit it is over."""
+    began = last = time.monotonic()
+    worked = 0.0
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(LOOK_S)
+            return ""
+        now, work = time.monotonic(), _processor_s(child.pid)
+        if work != worked:
+            last, worked = now, work
+        if now - last > STALL_S:
+            return f"it did nothing for {STALL_S:,.0f} s"
+        if now - began > timeout_s:
+            return f"it took longer than {timeout_s:,.0f} s"
+
+
+def _processor_s(pid: int) -> float:
+    """Seconds of processors that a process and those it started have had; 0 once it has ended."""
+    try:
+        process = psutil.Process(pid)
+        times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return 0.0
+    return sum(one.user + one.system for one in times)
+
+
+def _ending(code: int, limit: str, said: str) -> tuple[Outcome, str]:
+    """How a trial ended.
+
+    Args:
+        limit: that it was ended at; empty if it ended by itself.
+        said: its log.
+    """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if code == 0:
         return "measured", ""
-    if code == -signal.SIGKILL:
-        return "out of memory", "the trial was killed (SIGKILL), as the system does where memory runs out"
     if short := [line for line in lines if _OUT_OF_MEMORY.search(line)]:
         return "out of memory", redact(short[-1])[:200]
+    if limit:
+        return "failed", limit
+    if code == -signal.SIGKILL:
+        return "out of memory", "the trial was killed (SIGKILL), as the system does where memory runs out"
     ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return "failed", f"{redact(lines[-1].removeprefix('error: '))} ({ended})" if lines else ended
 
