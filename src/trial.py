@@ -251,7 +251,6 @@ def run_trial(trainer: TrialTrainer, run: Run, config: RunConfig, **export: Any)
     steps = steps_of_trial(found, ordinary, accumulation_steps=config.training.accumulation_steps)
     trainer.trial_feed = TrialFeed(steps, run_steps=feed.steps)
     phases.report |= {
-        "device": trainer.args.device.type,
         "steps": feed.steps,
         "tokens": found.tokens,
         "ordinary_tokens": [tokens_of(step, flat=flat) for step in ordinary],

@@ -17,6 +17,7 @@ import pytest
 
 from config.loader import read_command_line
 from src import trial_process
+from src.trial import trial_config
 from src.trial_process import measure_costs
 from tests.tiny_run import (
     ARCHITECTURE,
@@ -163,6 +164,17 @@ def test_a_trial_that_does_nothing_any_more_is_ended(tmp_path, monkeypatch):
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_trial_neither_pushes_nor_tracks_and_writes_to_its_own_folder(tmp_path):
+    given = ["--hub.repo_id", "me/model", "--tracking.report_to", "tensorboard", "--tracking.project", "mine"]
+    run = read_command_line(["--config", str(write_recipe(tmp_path)), *given]).config
+    config = trial_config(run, tmp_path / "trial")
+    assert config.hub.repo_id is None
+    assert config.tracking.report_to == ()
+    assert Path(config.output.folder) == tmp_path / "trial"
+    assert Path(config.data.cache_folder) == tmp_path / "outputs" / ".data"  # the run's, where its rows are prepared
+    assert (config.model, config.adapter, config.optim) == (run.model, run.adapter, run.optim)
+
+
 def test_a_folder_that_holds_something_is_not_taken_for_a_trial(tmp_path):
     recipe = write_recipe(tmp_path)
     there = files_below(tmp_path)
@@ -237,6 +249,7 @@ import json, resource, sys
 from pathlib import Path
 from config.loader import read_command_line
 from src import trial_process
+from src.trial import trial_config
 from src.trial_process import measure_costs
 
 config = read_command_line(["--config", sys.argv[1]]).config
