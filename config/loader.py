@@ -50,6 +50,9 @@ class CommandLine:
     force: tuple[str, ...] = ()
     """Checks of `config.checks` that do not stop the run."""
 
+    trial: Path | None = None
+    """The folder of a trial of the run, in place of the run itself; None: the run."""
+
     sources: Mapping[str, Origin] = field(default_factory=dict)
     """Where each value that is not the default comes from, by its dotted name."""
 
@@ -74,6 +77,10 @@ class _Command:
     """A check that shall not stop the run, by the name that its finding has; several are parted by commas, or each has
     a `--force` of its own. It is recorded."""
 
+    trial: Path | None = None
+    """An empty folder, for a trial of the run in place of the run: its worst steps, an evaluation and a save, measured.
+    It is what measures the costs of a run; its report.json is no more than the figures."""
+
 
 @dataclass(frozen=True)
 class _Everything:
@@ -86,7 +93,8 @@ class _Everything:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--plan] [--force CHECK] [--section.field value ...]`.
+    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--plan] [--force CHECK] [--trial FOLDER]
+    [--section.field value ...]`.
 
     An option may be written with `_` or `-`. `--data.train.N.field` with N one above the last source adds a source;
     `--model.architecture.key` sets one key of a mapping; `--data.eval '[]'` replaces a whole list.
@@ -104,7 +112,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     except RefusedError:
         problem = (
             "--config takes the recipe's path, such as --config config/smol.py; --resume takes none or a checkpoint's, "
-            "such as --resume outputs/smol/checkpoint-100; --print_config and --plan take none"
+            "such as --resume outputs/smol/checkpoint-100; --print_config and --plan take none, and "
+            "--trial an empty folder's"
         )
         raise ConfigError(problem) from None
     if any(argument in ("-h", "--help") for argument in rest):
@@ -131,6 +140,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         print_config=command.print_config,
         plan=command.plan,
         force=forced,
+        trial=command.trial,
         sources=_origins(config, recipe),
     )
 

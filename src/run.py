@@ -227,6 +227,14 @@ def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = N
     return run
 
 
+def add_costs(config: OutputConfig, costs: dict[str, Any]) -> None:
+    """Record what a planned run was measured to cost beside its plan; the record of a run that is there stays."""
+    run = Run(Path(config.folder) / config.name, None)
+    path = run.path / PLAN
+    if path.is_file() and not run.exists():
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"costs": costs})
+
+
 def _tell_other_settings(path: Path, checkpoint: Path) -> None:
     """Say where the settings on record are not those that a checkpoint was written under, so that a comparison with
     them misses what changed before."""

@@ -15,15 +15,14 @@ Source: arXiv:2204.02311, appendix B, whose 6N + 12LHQT counts each token as see
 token.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+
+from utils.memory import resident_peak_bytes
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, as configurations name them, that attention is counted for."""
@@ -189,22 +188,9 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / float(np.median(seconds[2:]))
 
 
-def _resident_peak_mib() -> float:
-    """The most resident memory of this process. Linux's getrusage would begin with that of the process that started
-    this one (signal->maxrss outlives exec), so there the kernel's own account of it is read."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = [line.split() for line in status.read_text(encoding="utf-8").splitlines()]
-        found = [int(words[1]) / 2**10 for words in lines if words[:1] == ["VmHWM:"]]
-        if found:
-            return found[0]
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def peak_memory() -> dict[str, int]:
     """Most memory in use so far, in MiB: `resident_mib` of this process, and `cuda_mib` that torch held on the GPU."""
-    found = {"resident_mib": round(_resident_peak_mib())}
+    found = {"resident_mib": round(resident_peak_bytes() / 2**20)}
     if torch.cuda.is_available():
         found["cuda_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return found

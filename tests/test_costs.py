@@ -1,0 +1,158 @@
+"""Times that are projected, memory that is there, and changes that are tried, against what is reckoned by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from config.constraints import check_constraints
+from config.schema import (
+    AdapterConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from src.costs import Costs
+from src.proposals import candidates, options_of, propose
+from utils.memory import _group_bytes, available_bytes
+
+MIB = 2**20
+
+
+def phase(name, seconds, mib, **more):
+    return {"name": name, "seconds": seconds, "resident_bytes": mib * MIB, **more}
+
+
+REPORT = {
+    "phases": [
+        phase("start", 5.0, 500),
+        phase("warm-up", 9.0, 700),
+        phase("most tokens", 3.0, 800),
+        phase("ordinary step", 1.0, 790),
+        phase("ordinary step", 3.0, 790),
+        phase("checkpoint", 0.5, 900, bytes=MIB),
+        phase("evaluation", 2.0, 700),
+        phase("answers", 4.0, 750),
+        phase("result", 1.0, 760, bytes=MIB),
+    ],
+    "steps": 10,
+    "tokens": 10_000,
+    "ordinary_tokens": [500, 1000],
+    "evaluation_tokens": [100, 300],
+    "answers": {"tried": 32, "at_ends": 64, "between": 3},
+    "mapped_bytes": 100 * MIB,
+}
+
+
+def config_of(**training):
+    return RunConfig(
+        model=ModelConfig(path="base"),
+        data=DataConfig(train=(SourceConfig(path="rows.jsonl"),), eval_fraction=0.1, max_length=512),
+        training=TrainingConfig(**({"save_every_steps": 4} | training)),
+        evaluation=EvaluationConfig(every_steps=5),
+    )
+
+
+def test_the_time_of_a_run_is_its_steps_evaluations_answers_and_saves():
+    costs = Costs.of_report(REPORT, config_of(), available={"resident": 810 * MIB})
+    one = costs.projection
+    assert one.step_s * one.steps == pytest.approx(4.0 / 1500 * 10_000)
+    # evaluations before, at step 5 and at the end, each of three times what was tried; two batches of questions at
+    # either end and one between; checkpoints at steps 4, 8 and 10
+    other = 5.0 + 3 * 6.0 + 4.0 * (2 + 2 + 1) + 3 * 0.5 + 1.0
+    assert one.run_s == pytest.approx(4.0 / 1500 * 10_000 + other)
+    assert one.low_s == pytest.approx(1.0 / 500 * 10_000 + other)
+    assert one.high_s == pytest.approx(3.0 / 1000 * 10_000 + other)
+    assert costs.fits  # 900 MiB, of which 100 are the data's
+    assert costs.to_dict()["peak_mib"] == {"resident": 900}
+    assert not Costs.of_report(REPORT, config_of(), available={"resident": 790 * MIB}).fits
+    assert not Costs.of_report(REPORT, config_of(), available={"resident": 810 * MIB}, processes_here=2).fits
+
+
+def test_two_processes_share_an_epoch_and_not_a_number_of_steps():
+    shared = Costs.of_report(REPORT, config_of(), available={}, processes=2).projection
+    fixed = Costs.of_report(REPORT, config_of(max_steps=10), available={}, processes=2).projection
+    assert (shared.steps, fixed.steps) == (5, 10)
+    assert shared.step_s == pytest.approx(fixed.step_s)
+
+
+def test_what_a_trial_says_is_no_wider_than_a_terminal():
+    most = {"tokens": 131_072, "supervised": 131_000, "longest": 131_072, "packs": 8}
+    worst = {"most supervised tokens": most, "most tokens": most}
+    report = REPORT | {"worst": worst, "phases": [*REPORT["phases"], phase("most supervised tokens", 1.0, 880)]}
+    lines = Costs.of_report(report, config_of(), available={"resident": 2**34}).lines()
+    assert max(map(len, lines)) <= 100, lines
+    assert any("900 MiB of host at most" in line for line in lines)
+
+
+def write_group(folder, limit, used, inactive, names=("memory.max", "memory.current"), stat="inactive_file"):
+    folder.mkdir(parents=True)
+    for name, value in zip((*names, "memory.stat"), (limit, used, f"anon 1\n{stat} {inactive}"), strict=True):
+        (folder / name).write_text(f"{value}\n", encoding="utf-8")
+
+
+def test_control_groups_of_both_versions_limit_what_is_available(tmp_path):
+    root, member = tmp_path / "cgroup", tmp_path / "member"
+    write_group(root / "jobs", 1000, 700, 50)
+    write_group(root / "jobs" / "one", "max", 600, 10)
+    member.write_text("0::/jobs/one\n", encoding="utf-8")
+    assert list(_group_bytes(member, root)) == [350]
+    first = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    write_group(root / "memory" / "job", 900, 100, 20, first, "total_inactive_file")
+    member.write_text("4:cpu,memory:/job\n1:cpu:/\n", encoding="utf-8")
+    assert list(_group_bytes(member, root)) == [820]
+    # In a container the path is the host's, and the mount's top is the container's own group.
+    write_group(tmp_path / "inner", 500, 400, 0)
+    member.write_text("0::/host/path\n", encoding="utf-8")
+    assert list(_group_bytes(member, tmp_path / "inner")) == [100]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="the system tells no memory in /proc/meminfo")
+def test_available_memory_is_at_most_what_the_machine_has():
+    total = int(Path("/proc/meminfo").read_text(encoding="utf-8").split()[1]) * 1024
+    assert 0 < available_bytes() <= total
+
+
+def test_smaller_settings_keep_the_global_batch_and_are_valid():
+    config = config_of(micro_batch_rows=12, accumulation_steps=3)
+    found = [candidate.config for candidate in candidates(config, device="cpu")]
+    tried = [options_of(config, candidate) for candidate in found]
+    assert tried[0] == "--training.micro_batch_rows 6 --training.accumulation_steps 6"
+    products = {one.training.micro_batch_rows * one.training.accumulation_steps for one in found}
+    assert products == {36}
+    # At most half as many each time, and a divisor of 12.
+    assert [one.training.micro_batch_rows for one in found[:3]] == [6, 3, 1]
+    assert [one.training.gradient_checkpointing for one in found[3:5]] == ["selective", "full"]
+    assert not any(one.training.activation_offload or "8bit" in one.optim.name for one in found)
+    for one in found:
+        check_constraints(one)
+
+
+def test_what_changes_the_result_says_so():
+    whole = list(candidates(config_of(gradient_checkpointing="full"), device="cpu"))
+    assert "an adapter trains in place of all weights" in whole[-1].note
+    lora = replace(config_of(gradient_checkpointing="full"), adapter=AdapterConfig(kind="lora"))
+    [four_bit] = candidates(lora, device="cpu")
+    assert options_of(lora, four_bit.config) == "--model.quantization nf4"
+    assert "rounded to 4 bits" in four_bit.note
+    by_tokens = config_of(tokens_per_micro_batch=2048)
+    [first, second, *_] = candidates(by_tokens, device="cpu")
+    assert first.config.training.tokens_per_micro_batch == 1024
+    assert second.config.training.tokens_per_micro_batch == 512
+    assert "about the same" in first.note
+
+
+def test_trying_ends_with_the_first_that_fits():
+    def measure(config):
+        big = config.training.micro_batch_rows > 2
+        report = REPORT
+        available = {"resident": (100 if big else 2000) * MIB}
+        return Costs.of_report(report, config, available=available)
+
+    tried = propose(config_of(micro_batch_rows=8), measure)
+    assert [one.fits for one in tried] == [False, True]
+    assert tried[-1].options == "--training.micro_batch_rows 2 --training.accumulation_steps 4"
+    assert tried[-1].peak_mib == {"resident": 900}
