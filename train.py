@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from config.effects import effect_of
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
 from config.schema import ModelConfig, RunConfig
+from src.run_lock import run_lock
 from utils.errors import UserError
 from utils.launch import is_main_process
 from utils.logging import get_logger, set_up_logging
@@ -278,7 +279,8 @@ def main() -> int:
         if command.print_config:
             print(format_config(command))
         else:
-            train(command)
+            with run_lock(command.config.output):
+                train(command)
             from utils.distributed import leave_group  # loaded by now
 
             leave_group()

@@ -7,7 +7,6 @@ run.export(trainer)
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from src.adapter_export import save_adapter
 from src.callbacks import clock
 from src.model_card import model_card
 from src.quantization import save_rounded
+from src.run_lock import FILE as LOCK
+from src.run_lock import run_folder
 from utils.checkpoint_record import config_digest
 from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, valid_checkpoint
 from utils.errors import UserError
@@ -184,11 +185,7 @@ def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = N
         UserError: a run that starts would overwrite another, one that should go on has no checkpoint or a damaged one,
             or nothing can be written there.
     """
-    path = Path(config.folder) / config.name
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        what = "may not be written to" if there.is_dir() else "is a file"
-        raise UserError(f"{path} cannot be made, as {there} {what}; give another output.folder or output.name")
+    path = run_folder(config)
     if resume:
         checkpoint = valid_checkpoint(path, resume_from) if resume_from else newest_valid_checkpoint(path)
         if checkpoint is None:
@@ -198,7 +195,7 @@ def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = N
             )
         _tell_other_settings(path, checkpoint)
         return Run(path, checkpoint)
-    if is_main_process() and path.exists() and any(path.iterdir()):
+    if is_main_process() and path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
         raise UserError(
             f"{path} holds a run already; go on with it by --resume, or start another beside it by --output.name NAME"
         )
