@@ -4,6 +4,7 @@ accelerate launch train.py --config config/smol.py
 accelerate launch train.py --config config/smol.py --resume
 accelerate launch train.py --config config/smol.py --resume outputs/smol/checkpoint-100
 python train.py --config config/smol.py --optim.learning_rate 1e-3 --print-config
+python train.py --reproduce outputs/smol
 python train.py --help
 """
 
@@ -49,7 +50,8 @@ def train(command: CommandLine) -> None:
     from src.adapter_methods import check_method
     from src.adapter_starts import FIRST_BATCHES, start_from_batches
     from src.adapters import count_parameters
-    from src.data import token_folder
+    from src.data import known_digests, token_folder
+    from src.inputs import program_sha256, record_inputs
     from src.new_tokenizer import keep_tokenizer, with_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
@@ -84,7 +86,10 @@ def train(command: CommandLine) -> None:
     run.record("config.json", to_dict(config), matters=("",), effect=effect_of)
     if own.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
         keep_tokenizer(own, run.path)
-    run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))
+    root = Path(__file__).parent
+    machine = environment(root) | {"program_sha256": program_sha256(root), "folder": str(Path.cwd())}
+    run.record("environment.json", machine, matters=("world_size", "packages", "program_sha256"))
+    record_inputs(run, config, own, known_digests(cache_folder))
     packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)
     run.record("data.json", data.report | packs, matters=("sha256",))
 
@@ -272,18 +277,25 @@ def _trainer(
 
 
 def main() -> int:
-    """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first."""
+    """Exit codes: 0 when the run ended well, 1 when it repeated another and its weights differ, 2 when its recipe, data
+    or machine must change first."""
     set_up_logging()
     try:
         command = read_command_line(sys.argv[1:])
         if command.print_config:
             print(format_config(command))
         else:
+            if command.reproduce:
+                from src.reproduction import as_it_was, is_equal
+
+                command = as_it_was(command)
             with run_lock(command.config.output):
                 train(command)
             from utils.distributed import leave_group  # loaded by now
 
             leave_group()
+            if command.reproduce and is_main_process():
+                return 0 if is_equal(command) else 1
     except (ConfigError, UserError) as error:
         if not is_main_process():
             time.sleep(OTHERS_WAIT_S)

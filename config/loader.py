@@ -17,6 +17,7 @@ import tyro
 from config.constraints import ConfigError, check_constraints
 from config.overrides import TYPES, RefusedError, override, parse_arguments
 from config.recipe import inline_yaml, load_recipe
+from config.recorded import RECORD, recorded_config
 from config.schema import RunConfig, SourceConfig
 from config.validation import flatten, to_dict, to_tree
 
@@ -42,6 +43,9 @@ class CommandLine:
     print_config: bool = False
     """Whether the configuration is only printed."""
 
+    reproduce: Path | None = None
+    """The directory of the run that is repeated, from whose record the configuration is; None: none is."""
+
     sources: Mapping[str, Origin] = field(default_factory=dict)
     """Where each value that is not the default comes from, by its dotted name."""
 
@@ -51,13 +55,17 @@ class _Command:
     """The options that are no part of the configuration."""
 
     config: Path | None = None
-    """The recipe: a .py file that defines `config`, or a .yaml file. Always needed."""
+    """The recipe: a .py file that defines `config`, or a .yaml file. Needed, but with `--reproduce`."""
 
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the newest checkpoint of this run that is whole, or from `--resume PATH`, instead of starting it."""
 
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration as YAML, with where each value comes from, and stop. The output is a recipe too."""
+
+    reproduce: Path | None = None
+    """Repeat the run of this directory from its record, beside it as NAME-reproduced, and compare the weights. Takes
+    `--output.folder` and `--output.name` alone."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class _Everything:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--section.field value ...]`.
+    """Read `--config RECIPE [--resume [PATH]] [--print_config] [--section.field value ...]` or `--reproduce RUN`.
 
     An option may be written with `_` or `-`. `--data.train.N.field` with N one above the last source adds a source;
     `--model.architecture.key` sets one key of a mapping; `--data.eval '[]'` replaces a whole list.
@@ -88,7 +96,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     except RefusedError:
         problem = (
             "--config takes the recipe's path, such as --config config/smol.py; --resume takes none or a checkpoint's, "
-            "such as --resume outputs/smol/checkpoint-100; --print_config takes none"
+            "such as --resume outputs/smol/checkpoint-100; --reproduce takes a run's directory; --print_config takes "
+            "none"
         )
         raise ConfigError(problem) from None
     if any(argument in ("-h", "--help") for argument in rest):
@@ -97,6 +106,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         tyro.cli(
             _Everything, prog="train.py", default=everything, args=["--help"], use_underscores=True, registry=TYPES
         )
+    if command.reproduce is not None:
+        return _reproduction(command, rest)
     if command.config is None:
         given = next((text for text in rest if text.endswith((".py", ".yaml", ".yml"))), None)
         hint = f"did you mean --config {given}?" if given else "such as --config config/smol.py"
@@ -108,8 +119,32 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     except ConfigError as error:
         raise ConfigError(error.problems, where=str(command.config)) from None
     return CommandLine(
-        config, command.config, command.resume, resume_from, command.print_config, _origins(config, recipe)
+        config, command.config, command.resume, resume_from, command.print_config, sources=_origins(config, recipe)
     )
+
+
+def _reproduction(command: _Command, rest: Sequence[str]) -> CommandLine:
+    """The command line of a run that repeats another.
+
+    Raises:
+        ConfigError: an option is given that is not for it, or the record cannot be read.
+    """
+    if command.config is not None or command.resume or command.print_config:
+        raise ConfigError(
+            "--reproduce repeats a run from its own record; leave --config, --resume and --print_config out"
+        )
+    recorded = recorded_config(command.reproduce)
+    config = override(recorded, rest)
+    before, after = flatten(to_tree(recorded)), flatten(to_tree(config))
+    other = [name for name in before.keys() | after.keys() if before.get(name, ()) != after.get(name, ())]
+    other = sorted(name for name in other if not name.startswith("output."))
+    if other:
+        raise ConfigError(
+            f"--reproduce repeats a run with its own settings, and {', '.join(other)} would change them; give only "
+            "--output.folder and --output.name, or start a run of its own with --config"
+        )
+    check_constraints(config)
+    return CommandLine(config, command.reproduce / RECORD, reproduce=command.reproduce)
 
 
 def _without_checkpoint(argv: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -25,15 +25,19 @@ from src.quantization import save_rounded
 from src.run_lock import FILE as LOCK
 from src.run_lock import run_folder
 from utils.checkpoint_record import config_digest
-from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, valid_checkpoint
+from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, step_of, valid_checkpoint
 from utils.errors import UserError
 from utils.files import is_write_failure, sha256_of_file, whole_folder, write_json, write_text
 from utils.hub import push_folder
 from utils.launch import is_main_process
 from utils.logging import get_logger
 from utils.metrics import peak_memory
+from utils.weights_digest import weights_sha256
 
 log = get_logger(__name__)
+
+CHANGES = "changes.json"
+"""What a run was resumed with that it did not start with, in the order of the resumes."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,25 @@ class Run:
             before, after = (
                 _flat(json.loads(text)) for text in (path.read_text(encoding="utf-8"), json.dumps(content))
             )
-            for key in sorted(before.keys() | after.keys()):
-                if before.get(key) != after.get(key) and any(part in key for part in matters):
-                    told = f"{key} was {before.get(key)!r} when this run started and is {after.get(key)!r} now"
-                    log.warning("%s", f"{told}; {effect(key)}" if effect else told)
+            changed = [
+                {"name": key, "before": before.get(key), "after": after.get(key)}
+                for key in sorted(before.keys() | after.keys())
+                if before.get(key) != after.get(key) and any(part in key for part in matters)
+            ]
+            for change in changed:
+                key = change["name"]
+                told = f"{key} was {change['before']!r} when this run started and is {change['after']!r} now"
+                log.warning("%s", f"{told}; {effect(key)}" if effect else told)
+            self._keep_changes(name, changed)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
+
+    def _keep_changes(self, name: str, changed: list[dict[str, Any]]) -> None:
+        """Add what has changed in a file of the record, which now forgets it, to those of earlier resumes."""
+        path = self.path / CHANGES
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if changed:
+            write_json(path, known + [{"step": step_of(self.checkpoint), "file": name, **one} for one in changed])
 
     def export(
         self,
@@ -150,6 +167,7 @@ class Run:
             "before": _evaluations(metrics, 0),
             "after": _evaluations(metrics, steps),
             "peak_memory": peak_memory(),
+            "weights_sha256": weights_sha256(self.path / "model"),
         }
 
 

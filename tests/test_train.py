@@ -28,7 +28,16 @@ from tests.tiny_run import (
 )
 from tests.toy_tokenizer import CHATML
 
-RECORD = ("config.json", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "result.json", "README.md")
+RECORD = (
+    "config.json",
+    "environment.json",
+    "data.json",
+    "inputs.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "result.json",
+    "README.md",
+)
 
 
 @pytest.fixture(scope="module")
