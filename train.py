@@ -22,6 +22,7 @@ from src.run_lock import run_lock
 from utils.errors import UserError
 from utils.launch import is_main_process
 from utils.logging import get_logger, set_up_logging
+from utils.redaction import redact
 
 if TYPE_CHECKING:  # torch and its company take seconds to import: only once the recipe is known to be right
     import torch
@@ -299,7 +300,7 @@ def main() -> int:
     except (ConfigError, UserError) as error:
         if not is_main_process():
             time.sleep(OTHERS_WAIT_S)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     return 0
 

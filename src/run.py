@@ -32,6 +32,7 @@ from utils.hub import push_folder
 from utils.launch import is_main_process
 from utils.logging import get_logger
 from utils.metrics import peak_memory
+from utils.redaction import redacted
 from utils.weights_digest import weights_sha256
 
 log = get_logger(__name__)
@@ -55,7 +56,7 @@ class Run:
         matters: Sequence[str] = (),
         effect: Callable[[str], str] | None = None,
     ) -> None:
-        """Write a JSON file of the record; the main process alone does.
+        """Write a JSON file of the record, without secrets; the main process alone does.
 
         Args:
             matters: if the run goes on from a checkpoint, a value whose dotted name holds one of these is compared with
@@ -64,7 +65,7 @@ class Run:
         """
         if not is_main_process():
             return
-        path = self.path / name
+        path, content = self.path / name, redacted(content)
         if self.checkpoint is not None and path.is_file():
             before, after = (
                 _flat(json.loads(text)) for text in (path.read_text(encoding="utf-8"), json.dumps(content))
