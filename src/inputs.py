@@ -20,6 +20,9 @@ from config.schema import ModelConfig, RunConfig
 from src.run import Run
 from utils.digests import Digests
 from utils.launch import is_main_process
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 FILE = "inputs.json"
 
@@ -50,7 +53,10 @@ def record_inputs(run: Run, config: RunConfig, own: ModelConfig, digests: Digest
     if not is_main_process():
         return
     found = {name: described(path, digests, revision) for name, (path, revision) in _named(config, own).items()}
-    digests.save()
+    try:
+        digests.save()
+    except OSError as error:
+        log.warning("%s could not be written (%s); the next run reads these files once more", digests.path, error)
     run.record(FILE, found, matters=("sha256",))
 
 

@@ -25,7 +25,7 @@ from src.quantization import save_rounded
 from src.run_lock import FILE as LOCK
 from src.run_lock import run_folder
 from utils.checkpoint_record import config_digest
-from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, step_of, valid_checkpoint
+from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, step_of, valid_checkpoint, writing_to
 from utils.errors import UserError
 from utils.files import is_write_failure, sha256_of_file, whole_folder, write_json, write_text
 from utils.hub import push_folder
@@ -80,15 +80,17 @@ class Run:
                 told = f"{key} was {change['before']!r} when this run started and is {change['after']!r} now"
                 log.warning("%s", f"{told}; {effect(key)}" if effect else told)
             self._keep_changes(name, changed)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+        with writing_to(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
 
     def _keep_changes(self, name: str, changed: list[dict[str, Any]]) -> None:
         """Add what has changed in a file of the record, which now forgets it, to those of earlier resumes."""
         path = self.path / CHANGES
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         if changed:
-            write_json(path, known + [{"step": step_of(self.checkpoint), "file": name, **one} for one in changed])
+            with writing_to(path):
+                write_json(path, known + [{"step": step_of(self.checkpoint), "file": name, **one} for one in changed])
 
     def export(
         self,
@@ -143,7 +145,8 @@ class Run:
             return
         result = self._result(trainer, seconds=seconds) | {"parameters": parameters, "precision": precision}
         self.record("result.json", result)
-        write_text(self.path / "README.md", model_card(self.path))
+        with writing_to(self.path / "README.md"):
+            write_text(self.path / "README.md", model_card(self.path))
         for name, label in (("loss", "eval loss"), ("exact_match", "exact match")):
             if name in result["before"] and name in result["after"]:
                 log.info("%s: %.4f before, %.4f after", label, result["before"][name], result["after"][name])
