@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # torch and its company take seconds to import: only once the
 
 log = get_logger("train")
 
+MATTERS = ("world_size", "packages", "program_sha256", "threads", "device", "cpu_instructions")
+"""What of environment.json a run should go on with as it began."""
+
 OTHERS_WAIT_S = 5
 """What stops the main process mostly stops the others too. It speaks first, and the launcher then ends them; what an
 other process alone has met, such as a file that is missing on its machine, it says itself after this time."""
@@ -89,7 +92,7 @@ def train(command: CommandLine) -> None:
         keep_tokenizer(own, run.path)
     root = Path(__file__).parent
     machine = environment(root) | {"program_sha256": program_sha256(root), "folder": str(Path.cwd())}
-    run.record("environment.json", machine, matters=("world_size", "packages", "program_sha256"))
+    run.record("environment.json", machine, matters=MATTERS)
     record_inputs(run, config, own, known_digests(cache_folder))
     packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)
     run.record("data.json", data.report | packs, matters=("sha256",))

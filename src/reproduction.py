@@ -48,6 +48,9 @@ EFFECTS = {
 }
 """What follows from a difference, by the dotted name in environment.json or the part that it begins with."""
 
+TOLD = 20
+"""Differences of two records that are told after the run, at most."""
+
 NO_MATTER = ("hardware.cores",)
 
 
@@ -256,12 +259,18 @@ def is_equal(command: CommandLine) -> bool:
         original.weights_sha256,
         _first_other_step(original.path, path),
     )
-    for name in ("data", "inputs"):
-        before, now = (_flat(getattr(one, name) or {}) for one in (original, repeated))
-        for key in sorted(before.keys() & now.keys()):
-            if before[key] != now[key]:
-                log.error("%s.json: %s was %r and is %r", name, key, before[key], now[key])
+    for line in itertools.islice(_other_records(original, repeated), TOLD):
+        log.error("%s", line)
     return False
+
+
+def _other_records(one: Original, other: Original) -> Iterator[str]:
+    """What two runs' records of their data and inputs differ in; where a file stands does not matter."""
+    for name in ("data", "inputs"):
+        before, now = (_flat(getattr(run, name) or {}) for run in (one, other))
+        for key in sorted(before.keys() & now.keys()):
+            if before[key] != now[key] and not key.endswith(".path"):
+                yield f"{name}.json: {key} was {before[key]!r} and is {now[key]!r}"
 
 
 def _first_other_step(one: Path, other: Path) -> str:
@@ -282,9 +291,8 @@ def _parts(name: str) -> Iterator[str]:
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    """The values of nested dicts by dotted name."""
-    if not isinstance(tree, dict):
+    """The values of nested dicts and lists by dotted name."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
         return {name: tree}
-    return {
-        key: value for part, below in tree.items() for key, value in _flat(below, f"{name}.{part}".lstrip(".")).items()
-    }
+    return {key: value for part, below in items for key, value in _flat(below, f"{name}.{part}".lstrip(".")).items()}
