@@ -286,7 +286,8 @@ def read_account(shard: Path) -> dict[str, Any] | None:
     try:
         account = json.loads((shard / ACCOUNT).read_text(encoding="utf-8"))
         whole = all((shard / name).stat().st_size == size for name, size in account["bytes"].items())
-    except (OSError, json.JSONDecodeError, KeyError):
+        whole = whole and account["sha256"].keys() == account["bytes"].keys()
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError):
         return None
     return account if whole else None
 

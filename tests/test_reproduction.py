@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from config.loader import read_command_line, to_dict
 from src.inputs import described, program_sha256
 from src.merging.merge import merge
 from src.reproduction import as_it_was
+from tests.hub_server import HubServer
 from tests.test_launch import launch
 from tests.tiny_run import (
     ARCHITECTURE,
@@ -334,6 +337,33 @@ def test_the_programs_hash_depends_on_its_code_and_not_on_recipes(tmp_path):
     with open(tmp_path / "src" / "loss.py", "a") as code:
         code.write("# changed\n")
     assert program_sha256(tmp_path) != first
+
+
+HUB_INPUT = """
+import json
+from huggingface_hub import snapshot_download
+from src.inputs import described
+from utils.digests import Digests
+snapshot_download("me/tiny")
+print(json.dumps(described("me/tiny", Digests())))
+"""
+
+
+@pytest.mark.slow
+def test_of_a_base_on_the_hub_the_commit_is_on_record(tmp_path):
+    folder = write_checkpoint(tmp_path / "base")
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_user("hf_secret", "me")
+        commit = hub.add_repo("me/tiny", folder)
+        environment = hub.environment(tmp_path / "home", token="hf_secret") | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_INPUT], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    known = json.loads(done.stdout)
+    assert known["commit"] == commit
+    assert known["sha256"] == described(str(folder), Digests())["sha256"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= known["sha256"].keys()
 
 
 def test_weights_that_nothing_reads_are_no_input(tmp_path):
