@@ -5,12 +5,14 @@ accelerate launch train.py --config config/smol.py --resume
 accelerate launch train.py --config config/smol.py --resume outputs/smol/checkpoint-100
 python train.py --config config/smol.py --optim.learning_rate 1e-3 --print-config
 python train.py --config config/smol.py --plan
+python train.py --reproduce outputs/smol
 python train.py --help
 """
 
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 from config.effects import effect_of
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
 from config.schema import ModelConfig, RunConfig
+from src.run_lock import run_lock
 from utils.errors import UserError
 from utils.failures import OTHERS_WAIT_S, name_failing_process
 from utils.launch import is_main_process, this_process
 from utils.logging import get_logger, set_up_logging
 from utils.memory import fix_allocator
+from utils.redaction import redact
 
 if TYPE_CHECKING:  # torch and its company take seconds to import: only once the recipe is known to be right
     import torch
@@ -34,6 +38,9 @@ if TYPE_CHECKING:  # torch and its company take seconds to import: only once the
     from src.trainer import SFTTrainer
 
 log = get_logger("train")
+
+MATTERS = ("world_size", "packages", "program_sha256", "threads", "device", "cpu_instructions")
+"""What of environment.json a run should go on with as it began."""
 
 
 def train(command: CommandLine) -> None:
@@ -93,7 +100,7 @@ def train(command: CommandLine) -> None:
     if pushes:  # creates it: nothing else proves that it may be
         checks.attempt("hub_access", partial(check_access, config.hub.repo_id, private=config.hub.private))
     run.record("plan.json", plan.as_json(checks, before=run.plan()))
-    _record(config, own, run, data.report | packs)
+    _record(config, own, run, data.report | packs, cache_folder)
 
     if config.adapter.init == "eva" and run.checkpoint is None:
         start_from_batches(trainer.accelerator.unwrap_model(trainer.model), trainer.first_batches(FIRST_BATCHES))
@@ -137,15 +144,20 @@ def _show(plan: "Plan", run: "Run", checks: "StartChecks") -> None:
         raise UserError(told_together(found))
 
 
-def _record(config: RunConfig, own: ModelConfig, run: "Run", report: dict[str, Any]) -> None:
-    """Write what the run is, where it runs, and what it learns from."""
+def _record(config: RunConfig, own: ModelConfig, run: "Run", report: dict[str, Any], cache_folder: Path) -> None:
+    """Write what the run is, where it runs, what it starts from and what it learns from."""
+    from src.data import known_digests
+    from src.inputs import program_sha256, record_inputs
     from src.new_tokenizer import keep_tokenizer
     from utils.reproducibility import environment
 
     run.record("config.json", to_dict(config), matters=("",), effect=effect_of)
     if own.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
         keep_tokenizer(own, run.path)
-    run.record("environment.json", environment(Path(__file__).parent), matters=("world_size", "packages"))
+    root = Path(__file__).parent
+    machine = environment(root) | {"program_sha256": program_sha256(root), "folder": str(Path.cwd())}
+    run.record("environment.json", machine, matters=MATTERS)
+    record_inputs(run, config, own, known_digests(cache_folder))
     run.record("data.json", report, matters=("sha256",))
 
 
@@ -167,15 +179,19 @@ def _finish(
         publish(run, config.hub)
 
 
-def _trained(command: CommandLine) -> int:
-    """Train, and return the exit code."""
+def _run(command: CommandLine) -> int:
+    """Train, or plan or repeat a run, and return the exit code."""
+    from src.reproduction import as_it_was, is_equal
     from src.stopping import StoppedError
     from utils.distributed import leave_group
     from utils.peers import lost_processes_told
 
-    code = 0
+    if command.reproduce:
+        command = as_it_was(command)
+    output, code = command.config.output, 0
+    apart = command.plan or command.trial is not None  # they write nothing where a run may be at work
     try:
-        with lost_processes_told(Path(command.config.output.folder) / command.config.output.name):
+        with nullcontext() if apart else run_lock(output), lost_processes_told(Path(output.folder) / output.name):
             train(command)
     except StoppedError as stopped:
         log.info("%s", stopped)
@@ -183,6 +199,8 @@ def _trained(command: CommandLine) -> int:
     leave_group()
     if command.plan and is_main_process():
         _show_costs(command.config)
+    if command.reproduce and is_main_process() and not code:
+        code = 0 if is_equal(command) else 1
     return code
 
 
@@ -200,23 +218,21 @@ def _show_costs(config: RunConfig) -> None:
 
 
 def main() -> int:
-    """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first, and 128 and a
-    signal's number when that has ended it."""
+    """Exit codes: 0 when the run ended well, 1 when it repeated another and its weights differ, 2 when its recipe, data
+    or machine must change first, and 128 and a signal's number when that has ended it."""
     fix_allocator()
     set_up_logging()
     name_failing_process()
     try:
         command = read_command_line(sys.argv[1:])
-        if command.print_config:
-            print(format_config(command))
-        else:
-            return _trained(command)
+        if not command.print_config:
+            return _run(command)
+        print(format_config(command))
     except (ConfigError, UserError) as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        who = "" if is_main_process() else f" ({this_process()})"
+        if who:
             time.sleep(OTHERS_WAIT_S)
-            print(f"error: {error} ({this_process()})", file=sys.stderr)
+        print(f"error: {redact(str(error))}{who}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: SIGINT ended the run outside of its training steps; nothing was saved for it", file=sys.stderr)

@@ -56,7 +56,7 @@ def row_order_settings(tree: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flatten(tree).items()
-        if _is_below(name, ROW_ORDER) and not _is_below(name, NO_EFFECT)
+        if is_below(name, ROW_ORDER) and not is_below(name, NO_EFFECT)
     }
 
 
@@ -66,12 +66,13 @@ def effect_of(name: str) -> str:
     Args:
         name: its dotted name, which may go on below a field, as `tracking.report_to.0` does.
     """
-    if _is_below(name, NO_EFFECT):
+    if is_below(name, NO_EFFECT):
         return "the weights do not depend on it"
-    if _is_below(name, ROUNDING_ONLY):
+    if is_below(name, ROUNDING_ONLY):
         return "the weights may be rounded otherwise, no more"
     return "the result may differ from that of a run with one value throughout"
 
 
-def _is_below(name: str, tops: tuple[str, ...]) -> bool:
+def is_below(name: str, tops: tuple[str, ...]) -> bool:
+    """Whether a setting is one of `tops`, or part of one."""
     return any(f"{name}.".startswith(f"{top}.") for top in tops)

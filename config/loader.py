@@ -19,6 +19,7 @@ from config.checks import CHECKS
 from config.constraints import ConfigError, check_constraints
 from config.overrides import TYPES, RefusedError, override, parse_arguments
 from config.recipe import inline_yaml, load_recipe
+from config.recorded import RECORD, recorded_config
 from config.schema import RunConfig, SourceConfig
 from config.validation import flatten, to_dict, to_tree
 
@@ -52,6 +53,8 @@ class CommandLine:
 
     trial: Path | None = None
     """The folder of a trial of the run, in place of the run itself; None: the run."""
+    reproduce: Path | None = None
+    """The directory of the run that is repeated, from whose record the configuration is; None: none is."""
 
     sources: Mapping[str, Origin] = field(default_factory=dict)
     """Where each value that is not the default comes from, by its dotted name."""
@@ -62,7 +65,7 @@ class _Command:
     """The options that are no part of the configuration."""
 
     config: Path | None = None
-    """The recipe: a .py file that defines `config`, or a .yaml file. Always needed."""
+    """The recipe: a .py file that defines `config`, or a .yaml file. Needed, but with `--reproduce`."""
 
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the newest checkpoint of this run that is whole, or from `--resume PATH`, instead of starting it."""
@@ -80,6 +83,9 @@ class _Command:
     trial: Path | None = None
     """An empty folder, for a trial of the run in place of the run: its worst steps, an evaluation and a save, measured.
     It is what measures the costs of a run; its report.json is no more than the figures."""
+    reproduce: Path | None = None
+    """Repeat the run of this directory from its record, beside it as NAME-reproduced, and compare the weights. Takes
+    `--output.folder` and `--output.name` alone."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class _Everything:
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
     """Read `--config RECIPE [--resume [PATH]] [--print_config] [--plan] [--force CHECK] [--trial FOLDER]
-    [--section.field value ...]`.
+    [--section.field value ...]`, or `--reproduce RUN`.
 
     An option may be written with `_` or `-`. `--data.train.N.field` with N one above the last source adds a source;
     `--model.architecture.key` sets one key of a mapping; `--data.eval '[]'` replaces a whole list.
@@ -112,8 +118,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     except RefusedError:
         problem = (
             "--config takes the recipe's path, such as --config config/smol.py; --resume takes none or a checkpoint's, "
-            "such as --resume outputs/smol/checkpoint-100; --print_config and --plan take none, and "
-            "--trial an empty folder's"
+            "such as --resume outputs/smol/checkpoint-100; --print_config and --plan take none; --trial "
+            "takes an empty folder's, and --reproduce a run's directory"
         )
         raise ConfigError(problem) from None
     if any(argument in ("-h", "--help") for argument in rest):
@@ -122,6 +128,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         tyro.cli(
             _Everything, prog="train.py", default=everything, args=["--help"], use_underscores=True, registry=TYPES
         )
+    if command.reproduce is not None:
+        return _reproduction(command, rest, forced)
     if command.config is None:
         given = next((text for text in rest if text.endswith((".py", ".yaml", ".yml"))), None)
         hint = f"did you mean --config {given}?" if given else "such as --config config/smol.py"
@@ -168,6 +176,31 @@ def _without_forced(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
             raise ConfigError(f"--force {given or '(nothing)'} names no check; {hint} {', '.join(CHECKS)}")
         forced += names
     return rest, tuple(dict.fromkeys(forced))
+
+
+def _reproduction(command: _Command, rest: Sequence[str], forced: tuple[str, ...]) -> CommandLine:
+    """The command line of a run that repeats another.
+
+    Raises:
+        ConfigError: an option is given that is not for it, or the record cannot be read.
+    """
+    if command.config or command.resume or command.print_config or command.plan or command.trial:
+        raise ConfigError(
+            "--reproduce repeats a run from its own record; leave --config, --resume, --print_config, --plan and "
+            "--trial out"
+        )
+    recorded = recorded_config(command.reproduce)
+    config = override(recorded, rest)
+    before, after = flatten(to_tree(recorded)), flatten(to_tree(config))
+    other = [name for name in before.keys() | after.keys() if before.get(name, ()) != after.get(name, ())]
+    other = sorted(name for name in other if not name.startswith("output."))
+    if other:
+        raise ConfigError(
+            f"--reproduce repeats a run with its own settings, and {', '.join(other)} would change them; give only "
+            "--output.folder and --output.name, or start a run of its own with --config"
+        )
+    check_constraints(config)
+    return CommandLine(config, command.reproduce / RECORD, reproduce=command.reproduce, force=forced)
 
 
 def _without_checkpoint(argv: Sequence[str]) -> tuple[list[str], Path | None]:

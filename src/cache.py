@@ -7,8 +7,9 @@
             writer.write("train", rows)
     rows = load_rows([folder / shard_name(0, 0)], "train")
 
-A shard is a folder that appears whole, under its own name; `account.json` in it says how long its files are, and one
-whose files are not is made again. So a process that is killed loses the shard it was at.
+A shard is a folder that appears whole, under its own name; `account.json` in it says how long its files are and what
+they hold, and one whose files are not so is made again. So a process that is killed loses the shard it was at, and no
+run trains on rows that a disk has changed. To check them takes about a second for each GB and thread.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -32,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from config.schema import DataConfig
 from src.sources import SourceRows
 from src.tokenization import IGNORED, TokenRow
-from utils.files import sync, write_json
+from utils.files import sha256_of_file, sync, write_json
 from utils.locks import Lock
 from utils.logging import get_logger
 
@@ -44,6 +46,12 @@ ACCOUNT = "account.json"
 COMPLETE = "complete.json"
 IN_USE = "in_use"
 """File in a prepared folder that whoever uses it holds locked, shared; its time is that of the last use."""
+
+LATER_NS = 1_000_000
+"""Nanoseconds between the times of two uses at least, as file systems keep them."""
+
+HASH_THREADS = 4
+"""Files of prepared rows that are read at once to be checked; hashing lets go of the interpreter's lock."""
 
 POLL_S = 0.2
 """Seconds between two looks at whether another process is done."""
@@ -154,10 +162,11 @@ def prepared(folder: Path, prepare: Callable[[Path], None]) -> Lock:
         time.sleep(POLL_S)
     told = False
     try:
-        while not _is_complete(folder):
+        while not _is_complete(folder) or _damaged(folder):
             lock = Lock.take(folder / "lock")
             if lock is not None:
                 with lock:
+                    _remove_damaged(folder)
                     _complete(folder, prepare)
                 continue
             if not told:
@@ -167,8 +176,15 @@ def prepared(folder: Path, prepare: Callable[[Path], None]) -> Lock:
     except BaseException:
         use.release()
         raise
-    os.utime(folder / IN_USE)
+    _mark_used(folder)
     return use
+
+
+def _mark_used(folder: Path) -> None:
+    """Note that a folder is used after all that were used before it, wherever the clock stands by now."""
+    times = [mark.stat().st_mtime_ns for mark in folder.parent.glob(f"*/{IN_USE}")]
+    now = max([time.time_ns(), *(used + LATER_NS for used in times)])
+    os.utime(folder / IN_USE, ns=(now, now))
 
 
 def _use(folder: Path) -> Lock | None:
@@ -189,12 +205,38 @@ def _complete(folder: Path, prepare: Callable[[Path], None]) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether all shards were written, and are as they were then."""
+    """Whether all shards were written, and are as long as they were then."""
+    shards = _shards(folder)
+    return shards is not None and all(read_account(shard) is not None for shard in shards)
+
+
+def _shards(folder: Path) -> list[Path] | None:
+    """The shards of prepared rows; None where not all were written."""
     try:
-        shards = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
+        names = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
     except FileNotFoundError:
-        return False
-    return all(read_account(folder / shard) is not None for shard in shards)
+        return None
+    return [folder / name for name in names]
+
+
+def _damaged(folder: Path) -> list[Path]:
+    """The files of all shards that hold other bytes than were written; each is read, once a run and process."""
+    digests = {
+        shard / name: digest
+        for shard in _shards(folder) or ()
+        if (account := read_account(shard)) is not None
+        for name, digest in account["sha256"].items()
+    }
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        found = pool.map(sha256_of_file, digests)
+        return [file for (file, digest), now in zip(digests.items(), found, strict=True) if now != digest]
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove the shards with a damaged file, so that they are made again; who has mapped one keeps it until it ends."""
+    for file in _damaged(folder):
+        log.warning("%s holds other bytes than were written, as by a fault of the disk; it is made again", file)
+        shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def shard_name(source: int, shard: int) -> str:
@@ -227,11 +269,15 @@ class ShardWriter:
         self._tables[side].write_batch(pyarrow.record_batch(columns, schema=SCHEMA))
 
     def close(self, account: dict[str, Any]) -> None:
-        """End the files and write `account.json`: what `account` says, and the length in bytes of every file."""
+        """End the files and write `account.json`: what `account` says, and each file's length in bytes and SHA-256."""
         for table in self._tables.values():
             table.close()
-        sizes = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
-        (self.folder / ACCOUNT).write_text(json.dumps(account | {"bytes": sizes}), encoding="utf-8")
+        files = sorted(self.folder.iterdir())
+        told = {
+            "bytes": {path.name: path.stat().st_size for path in files},
+            "sha256": {path.name: sha256_of_file(path) for path in files},
+        }
+        (self.folder / ACCOUNT).write_text(json.dumps(account | told), encoding="utf-8")
         sync(self.folder)
 
 
@@ -240,7 +286,8 @@ def read_account(shard: Path) -> dict[str, Any] | None:
     try:
         account = json.loads((shard / ACCOUNT).read_text(encoding="utf-8"))
         whole = all((shard / name).stat().st_size == size for name, size in account["bytes"].items())
-    except (OSError, json.JSONDecodeError, KeyError):
+        whole = whole and account["sha256"].keys() == account["bytes"].keys()
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError):
         return None
     return account if whole else None
 

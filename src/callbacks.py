@@ -19,6 +19,7 @@ from transformers.training_args import TrainingArguments
 from config.schema import EvaluationConfig
 from src.evaluation import answer_conversations, can_answer
 from src.formats import Conversation
+from utils.checkpointing import writing_to
 from utils.files import write_text
 from utils.logging import get_logger
 
@@ -112,7 +113,7 @@ class MetricsFile(TrainerCallback):
     def add(self, record: dict[str, Any]) -> None:
         """Append one record, and see it to the file; a number that is not finite, which JSON has not, is null."""
         shown = {name: value if _is_json(value) else None for name, value in record.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing_to(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(shown) + "\n")
 
 
@@ -131,7 +132,8 @@ def cut_lines(path: Path, is_past: Callable[[dict[str, Any]], bool]) -> None:
     whole_lines = text.split("\n")[:-1]  # str.splitlines would also split at line separators within an answer
     kept = itertools.takewhile(lambda line: (record := _read(line)) is not None and not is_past(record), whole_lines)
     if (rest := "".join(f"{line}\n" for line in kept)) != text:
-        write_text(path, rest)
+        with writing_to(path):
+            write_text(path, rest)
 
 
 def _read(line: str) -> dict[str, Any] | None:
@@ -188,7 +190,7 @@ class Answers(TrainerCallback):
             )
             self.metrics.add({"step": state.global_step, "eval_exact_match": exact, "eval_answers": len(answers)})
         cut_lines(self.samples, lambda record: record["step"] >= state.global_step)  # of this run before its resume
-        with open(self.samples, "a", encoding="utf-8") as file:
+        with writing_to(self.samples), open(self.samples, "a", encoding="utf-8") as file:
             for answer in answers[: self.evaluation.samples]:
                 log.info("  Q: %s\n  A: %s", answer.prompt, answer.answer)
                 file.write(json.dumps({"step": state.global_step, **asdict(answer)}, ensure_ascii=False) + "\n")

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig, OutputConfig, SourceConfig
 from src.accounting import LeftOut, Tally, read_left_out
-from src.cache import cache_key, load_rows, prepared, read_account, shard_name
+from src.cache import cache_key, content_of, load_rows, prepared, read_account, shard_name
 from src.contract import ContractError, Finding, findings
 from src.eviction import keep_within
 from src.formats import Conversation, row_converter
@@ -361,7 +361,7 @@ def account(source: OpenSource, rows_read: int, tally: Tally, percentiles: dict[
         "path": found.path,
         "format": source.convert.format,
         "columns": list(found.columns),
-        "sha256": found.sha256,
+        "sha256": content_of(found)[0],
         "revision": found.revision,
         "rows_read": rows_read,
         "rows_in_train_and_eval": tally.defects["leak"],

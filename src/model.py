@@ -7,6 +7,7 @@ model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.
 
 import difflib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def _from_checkpoint(
             ignore_mismatched_sizes=True,  # they are named below
             **options,
         )
-    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"the weights of {config.path} could not be loaded: {in_one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     mismatched = sorted(f"{name} of {tuple(given)} for {tuple(own)}" for name, given, own in report["mismatched_keys"])
@@ -262,6 +263,11 @@ def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if outside := sorted(name for name in shards if name != Path(name).name):
+            raise UserError(
+                f"model.path={folder}: {index.name} names weight files that are not beside it "
+                f"({', '.join(outside[:3])}), where a checkpoint's stand; fetch it again from where you trust it"
+            )
         absent = sorted(name for name in shards if not (folder / name).is_file())
         if absent:
             raise UserError(

@@ -30,6 +30,7 @@ from src.data import known_digests
 from src.formats import Conversation, RowConverter, Sample, TextRow, row_converter
 from src.refusal import Refusal
 from src.sources import SourceRows, open_source
+from utils.checkpointing import writing_to
 from utils.errors import UserError
 from utils.files import whole_folder
 from utils.logging import get_logger
@@ -96,7 +97,7 @@ def with_tokenizer(
 
 def keep_tokenizer(model: ModelConfig, run_folder: Path) -> None:
     """Write the tokenizer that `with_tokenizer` made to the run directory, for the run to go on with."""
-    with whole_folder(run_folder / FOLDER) as folder:
+    with writing_to(run_folder / FOLDER), whole_folder(run_folder / FOLDER) as folder:
         shutil.copy(model.tokenizer, folder / FILE)
 
 

@@ -7,7 +7,6 @@ run.export(trainer)
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +22,27 @@ from src.adapter_export import save_adapter
 from src.callbacks import clock
 from src.model_card import model_card
 from src.quantization import save_rounded
+from src.run_lock import FILE as LOCK
+from src.run_lock import run_folder
 from src.sharding import gathered_weights
 from src.trainer import SFTTrainer
 from utils.checkpoint_record import config_digest
-from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, valid_checkpoint
+from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, step_of, valid_checkpoint, writing_to
 from utils.errors import UserError
 from utils.files import is_write_failure, sha256_of_file, whole_folder, write_json, write_text
 from utils.hub import push_folder
 from utils.launch import is_main_process
 from utils.logging import get_logger
 from utils.metrics import peak_memory
+from utils.redaction import redacted
+from utils.weights_digest import weights_sha256
 
 log = get_logger(__name__)
 
 PLAN = "plan.json"
 """The record of the preflight."""
+CHANGES = "changes.json"
+"""What a run was resumed with that it did not start with, in the order of the resumes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Run:
         matters: Sequence[str] = (),
         effect: Callable[[str], str] | None = None,
     ) -> None:
-        """Write a JSON file of the record; the main process alone does.
+        """Write a JSON file of the record, without secrets; the main process alone does.
 
         Args:
             matters: if the run goes on from a checkpoint, a value whose dotted name holds one of these is compared with
@@ -64,21 +69,36 @@ class Run:
         """
         if not is_main_process():
             return
-        path = self.path / name
+        path, content = self.path / name, redacted(content)
         if self.checkpoint is not None and path.is_file():
             before, after = (
                 _flat(json.loads(text)) for text in (path.read_text(encoding="utf-8"), json.dumps(content))
             )
-            for key in sorted(before.keys() | after.keys()):
-                if before.get(key) != after.get(key) and any(part in key for part in matters):
-                    told = f"{key} was {before.get(key)!r} when this run started and is {after.get(key)!r} now"
-                    log.warning("%s", f"{told}; {effect(key)}" if effect else told)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+            changed = [
+                {"name": key, "before": before.get(key), "after": after.get(key)}
+                for key in sorted(before.keys() | after.keys())
+                if before.get(key) != after.get(key) and any(part in key for part in matters)
+            ]
+            for change in changed:
+                key = change["name"]
+                told = f"{key} was {change['before']!r} when this run started and is {change['after']!r} now"
+                log.warning("%s", f"{told}; {effect(key)}" if effect else told)
+            self._keep_changes(name, changed)
+        with writing_to(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
+
+    def _keep_changes(self, name: str, changed: list[dict[str, Any]]) -> None:
+        """Add what has changed in a file of the record, which now forgets it, to those of earlier resumes."""
+        path = self.path / CHANGES
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if changed:
+            with writing_to(path):
+                write_json(path, known + [{"step": step_of(self.checkpoint), "file": name, **one} for one in changed])
 
     def exists(self) -> bool:
         """Whether the directory holds a run, and not only a plan of one."""
-        return self.path.is_dir() and any(path.name != PLAN for path in self.path.iterdir())
+        return self.path.is_dir() and any(path.name not in (PLAN, LOCK) for path in self.path.iterdir())
 
     def plan(self) -> dict[str, Any] | None:
         """The record of the preflight of the start before, where the run goes on from a checkpoint."""
@@ -138,7 +158,8 @@ class Run:
             return
         result = self._result(trainer, seconds=seconds) | {"parameters": parameters, "precision": precision}
         self.record("result.json", result)
-        write_text(self.path / "README.md", model_card(self.path))
+        with writing_to(self.path / "README.md"):
+            write_text(self.path / "README.md", model_card(self.path))
         for name, label in (("loss", "eval loss"), ("exact_match", "exact match")):
             if name in result["before"] and name in result["after"]:
                 log.info("%s: %.4f before, %.4f after", label, result["before"][name], result["after"][name])
@@ -166,6 +187,7 @@ class Run:
             "after": _evaluations(metrics, steps),
             "peak_memory": peak_memory(),
             "forced_checks": json.loads((self.path / PLAN).read_text(encoding="utf-8"))["forced"],
+            "weights_sha256": weights_sha256(self.path / "model"),
         }
 
 
@@ -202,11 +224,7 @@ def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = N
         UserError: a run that starts would overwrite another, one that should go on has no checkpoint or a damaged one,
             or nothing can be written there.
     """
-    path = Path(config.folder) / config.name
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        what = "may not be written to" if there.is_dir() else "is a file"
-        raise UserError(f"{path} cannot be made, as {there} {what}; give another output.folder or output.name")
+    path = run_folder(config)
     if resume:
         checkpoint = valid_checkpoint(path, resume_from) if resume_from else newest_valid_checkpoint(path)
         if checkpoint is None:

@@ -33,6 +33,7 @@ RECORD = (
     "environment.json",
     "data.json",
     "plan.json",
+    "inputs.json",
     "metrics.jsonl",
     "samples.jsonl",
     "result.json",

@@ -105,6 +105,27 @@ def _problem(checkpoint: Path) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Tell of a file in a run directory that the block cannot write, with the checkpoint to go on from.
+
+    Raises:
+        UserError: in place of an `OSError` of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        run = path.parent
+        last = last_checkpoint(run) if run.is_dir() else None
+        way_out = (
+            f"the last complete checkpoint is {last.name}: mend that, then use --resume"
+            if last
+            else f"there is no checkpoint yet: mend that, remove {run}, and start again"
+        )
+        free = f"; {_mib(shutil.disk_usage(run).free)} are free there" if run.is_dir() else ""
+        raise UserError(f"{path} could not be written ({error}){free}; {way_out}") from error
+
+
 def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """What a first checkpoint takes on the disk, at least: the weights that it holds and the optimizer's state.
 

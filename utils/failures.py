@@ -9,6 +9,7 @@ import traceback
 from types import TracebackType
 
 from utils.launch import processes_started, this_process
+from utils.redaction import redact
 
 OTHERS_WAIT_S = 5
 """What stops the main process mostly stops the others too. It speaks first, and the launcher then ends them; what an
@@ -32,7 +33,7 @@ def name_failing_process() -> None:
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if _has_lost_another(error):
         time.sleep(OTHERS_WAIT_S)
-    told = "".join(traceback.format_exception(kind, error, trace))
+    told = redact("".join(traceback.format_exception(kind, error, trace)))
     sys.stderr.write(f"\nerror: {this_process()}, has failed:\n{told}")
     sys.stderr.flush()
 

@@ -59,7 +59,16 @@ BELONGS = (
     "preprocessor_config.json",
     "*.py",  # the code of a model that transformers does not have, as save_pretrained copies it
 )
-RECORD = ("config.json", "environment.json", "plan.json", "data.json", "metrics.jsonl", "result.json")
+RECORD = (
+    "config.json",
+    "environment.json",
+    "plan.json",
+    "data.json",
+    "inputs.json",
+    "changes.json",
+    "metrics.jsonl",
+    "result.json",
+)
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _WAITS_S = (1, 2, 4, 8)

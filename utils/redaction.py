@@ -10,18 +10,31 @@ from pathlib import Path
 from typing import Any
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow", ".bin")
+_SECRET_NAME = re.compile(r"(?i)(token|key|secret|passwo?r?d|passphrase|credentials?|_pwd|_pat|_dsn)$|secret")
 _PART = r"[^\s'\"/\\,;]+"  # a folder's or file's name, where it stands in a longer text
 _START = rf"(?<![\w.:/~<\\-])(?:file://)?(?:/(?={_PART}/)|~/|(?:\.\./)+|[A-Za-z]:[\\/])"
 
 
 def redact(text: str) -> str:
-    """`text` with every secret replaced by `***`: Hub tokens, authorization headers, and the values of environment
-    variables whose names end in TOKEN, KEY, SECRET or PASSWORD."""
+    """`text` with every secret replaced by `***`: Hub tokens, authorization headers, credentials in URLs, and values of
+    environment variables whose names say that they are secret."""
     for name, value in os.environ.items():
-        if name.endswith(("TOKEN", "KEY", "SECRET", "PASSWORD")) and len(value) >= 8:
+        if _SECRET_NAME.search(name) and len(value) >= 8:
             text = text.replace(value, "***")
-    text = re.sub(r"Bearer [^'\"\n]+", "Bearer ***", text)
+    text = re.sub(r"Bearer (?=\S{8})[^'\"\n]+", "Bearer ***", text)  # prose that is logged has shorter words after it
+    text = re.sub(r"Basic [A-Za-z0-9+/]{12,}=*", "Basic ***", text)
+    text = re.sub(r"(?<=:/)(/?)[^/@\s'\"]+(?=@)", r"\1***", text)  # a URL that was taken for a path has one slash
+    text = re.sub(r"(?i)(?<=[?&])([^=&\s]*(?:token|key|secret|password|sig)[^=&\s]*=)[^&\s#'\"]+", r"\1***", text)
     return re.sub(r"\b(?:hf|api_org)_(?:[a-z]+_)?[A-Za-z0-9]{16,}", "***", text)
+
+
+def redacted(content: Any) -> Any:
+    """A JSON value with every secret in its strings replaced."""
+    if isinstance(content, dict):
+        return {redacted(key): redacted(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [redacted(value) for value in content]
+    return redact(content) if isinstance(content, str) else content
 
 
 def without_folders(text: str) -> str:

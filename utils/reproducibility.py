@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from utils.distributed import accelerator_name, shards_weights
 from utils.launch import processes_started
 
 PACKAGES = (
@@ -25,6 +26,8 @@ PACKAGES = (
     "bitsandbytes",
     "tokenizers",
     "safetensors",
+    "numpy",
+    "jinja2",
 )
 
 
@@ -39,7 +42,11 @@ def environment(repository: Path) -> dict[str, Any]:
         "hardware": _hardware(),
         "git_commit": _commit(repository),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "folder": os.getcwd(),
         "world_size": processes_started(),
+        "shards_weights": shards_weights(),
+        "device": accelerator_name(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -56,7 +63,11 @@ def _version(name: str) -> str | None:
 
 
 def _hardware() -> dict[str, Any]:
-    hardware: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count()}
+    hardware: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
+    }
     if torch.cuda.is_available():
         hardware["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         hardware["cuda"] = torch.version.cuda

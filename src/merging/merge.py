@@ -21,12 +21,14 @@ from transformers import AutoConfig, AutoTokenizer
 from src.checkpoints import certificate, hf
 from src.checkpoints.checkpoint import Checkpoint, ReadOptions, WriteOptions
 from src.merging.adapter import AdapterFolder, AdapterOptions, read_adapter
+from src.merging.base import check_base
 from src.merging.proof import LEAST_COSINE, Kept, kept_change, prove
 from src.merging.renamed import module_tensors, write_stored
 from src.merging.rows import rows_to_compare
 from src.merging.trained import Trained, open_trained
+from utils.digests import Digests
 from utils.errors import UserError
-from utils.files import sha256_of_file, whole_folder, write_json
+from utils.files import whole_folder, write_json
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -62,7 +64,8 @@ def merge(path: Path, output: Path, options: MergeOptions | None = None) -> dict
         raise UserError(f"{output} exists; name a folder that does not, or remove it first")
     if options.dtype is not None and options.dtype not in hf.DTYPES:
         raise UserError(f"--dtype {options.dtype} is not for --merge; it is one of {', '.join(hf.DTYPES)}")
-    adapter = read_adapter(path, options.adapter)
+    adapter, digests = read_adapter(path, options.adapter), Digests()
+    check_base(adapter, digests)
     trained = open_trained(adapter)
     if trained.unties:
         log.warning(
@@ -81,7 +84,7 @@ def merge(path: Path, output: Path, options: MergeOptions | None = None) -> dict
         file=options.rows,
     )
     with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as beside:
-        inputs = beside.submit(_digests, trained.checkpoint.inputs)
+        inputs = beside.submit(_digests, trained.checkpoint.inputs, digests)
         with stored(trained, output.parent, dtype) as source:
             rounding = hf.write(source, folder, WriteOptions(dtype=dtype, shard_bytes=options.shard_bytes))
             written = sorted(file for file in folder.iterdir() if file.is_file())
@@ -152,9 +155,9 @@ def choose_dtype(trained: Trained, adapter: AdapterFolder, asked: str | None) ->
     return "float32", f"{told}, and {LEAST_COSINE} is needed"
 
 
-def _digests(files: Sequence[Path]) -> dict[str, str]:
+def _digests(files: Sequence[Path], digests: Digests) -> dict[str, str]:
     """SHA-256 by folder and file name, as the base and the adapter have files of the same names."""
-    return {f"{file.parent.name}/{file.name}": sha256_of_file(file) for file in files}
+    return {f"{file.parent.name}/{file.name}": digests.sha256(file) for file in files}
 
 
 def _tokenizer_folder(trained: Trained) -> Path:
