@@ -18,7 +18,7 @@ import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from config.constraints import ConfigError
-from config.recipe import YamlLoader, inline_yaml
+from config.recipe import inline_yaml, read_yaml
 from config.schema import RunConfig, SourceConfig
 from config.validation import HELP_HINT, describe, did_you_mean, field_type, kind_of, to_config, to_tree
 
@@ -53,7 +53,7 @@ def _read_yaml(text: str) -> Any:
         ValueError: it is no YAML.
     """
     try:
-        return yaml.load(text, YamlLoader)
+        return read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{text} is no YAML") from error
 

@@ -33,6 +33,18 @@ CLOCK_PROBES = (datetime(2001, 2, 3, 4, 5, 6), datetime(2020, 12, 25, 16, 17, 18
 
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
+RENDER_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template's own calculations raise, beside what it says itself: it may divide by 0 or ask for a key."""
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -141,7 +153,7 @@ class ChatTemplate:
         plain = [conversation for conversation in conversations if not conversation.tools]
         try:
             texts = iter(self._apply(plain, generation_prompt))
-        except (TemplateError, TypeError, ValueError):
+        except RENDER_ERRORS:
             texts = (self._render_one(conversation, generation_prompt) for conversation in plain)
         return [
             self._render_one(conversation, generation_prompt) if conversation.tools else next(texts)
@@ -178,7 +190,7 @@ class ChatTemplate:
         """The template's output, or the error with which it refuses the conversation."""
         try:
             return self._apply([conversation], generation_prompt)[0]
-        except (TemplateError, TypeError, ValueError) as error:
+        except RENDER_ERRORS as error:
             return error
 
     def _kind_of(self, error: Exception, conversation: Conversation) -> Kind:

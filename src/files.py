@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from src.tables import arrow_rows, parquet_rows
 from utils.errors import UserError
+from utils.json_text import parse_json
 
 COMPRESSIONS = (".gz", ".zst")
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow")
@@ -208,10 +209,10 @@ def _line_rows(lines: Iterable[bytes], shown: str) -> Iterator[Row]:
         if text.isspace():
             continue
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise UserError(
-                f"{shown} is not JSON at line {number}: {error.msg} in {shorten(text)}; "
+                f"{shown} is not JSON at line {number}: {getattr(error, 'msg', error)} in {shorten(text)}; "
                 "a file holds an array of objects, or an object a line"
             ) from error
         if not isinstance(values, dict):
@@ -259,6 +260,8 @@ class _Window:
                 if not (cut and self.more()):
                     self.refuse(error.msg, self.at + distance if cut else error.pos)
                 continue
+            except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nested too deeply
+                self.refuse(str(error), self.at)
             self.at = end
             return value
 

@@ -9,11 +9,11 @@ Keys that are not named here, such as `name` or `tool_call_id`, are kept as they
 key whose value is null is left out.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from utils.errors import UserError
+from utils.json_text import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PLAIN_KEYS = {"role", "content"}
@@ -199,6 +199,6 @@ def parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return parse_json(value)
+    except ValueError as error:
         raise UserError(f"{what} is not JSON ({error})") from error

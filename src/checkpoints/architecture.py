@@ -126,6 +126,19 @@ def beyond_llama(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in sorted(settings.keys() - known)}
 
 
+def check_layers(where: str, layers: int, tensors: int) -> None:
+    """Compare a description with a file before each of its layers is given names, which a claim of 2**40 never ends.
+
+    Args:
+        where: the description's place and name for its layers.
+        tensors: how many are stored; a layer has at least one.
+    Raises:
+        UserError: there are fewer tensors than layers.
+    """
+    if layers > tensors:
+        raise UserError(f"{where}={layers}, but {tensors} tensors are stored; mend it, or give a complete checkpoint")
+
+
 def as_llama(architecture: Architecture, target: str) -> LlamaArchitecture:
     """The architecture, where it is a Llama's.
 

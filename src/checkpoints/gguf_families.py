@@ -25,6 +25,7 @@ from src.checkpoints.architecture import (
     OtherArchitecture,
     as_llama,
     beyond_llama,
+    check_layers,
 )
 from src.checkpoints.checkpoint import LazyTensor
 from src.checkpoints.gguf_files import Content
@@ -268,6 +269,7 @@ def read_architecture(content: Content) -> tuple[Family, LlamaArchitecture, Arch
     if "token_embd.weight" not in content.tensors:
         raise UserError(f"{content.path} lacks token_embd.weight; give a complete file")
     hidden, heads = value("embedding_length", int), value("attention.head_count", int)
+    check_layers(f"{content.path}: {name}.block_count", value("block_count", int), len(content.tensors))
     sizes = LlamaArchitecture(
         vocab_size=content.tensors["token_embd.weight"].shape[0],
         hidden_size=hidden,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from src.checkpoints.architecture import LlamaArchitecture
+from src.checkpoints.architecture import LlamaArchitecture, check_layers
 from src.checkpoints.checkpoint import Checkpoint, LazyTensor, ReadOptions
 from src.checkpoints.interleaved import hugging_face_name
 from src.checkpoints.llama2c import NORM_EPS, ROPE_THETA, checkpoint_of, tokenizer_of
@@ -40,6 +40,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     stored, settings = read_training(path, _BUFFERS)
     stored.setdefault(_HEAD, stored.get(_EMBEDDING, torch.empty(0)))
     sizes = _architecture(path, settings, tied=False)
+    check_layers(f"{path}: n_layers", sizes.num_hidden_layers, len(stored))
     check_shapes(path, stored, _shapes(sizes, stored))
     if torch.equal(stored[_HEAD], stored[_EMBEDDING]):
         del stored[_HEAD]

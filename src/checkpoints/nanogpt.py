@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from src.checkpoints.architecture import OtherArchitecture
+from src.checkpoints.architecture import OtherArchitecture, check_layers
 from src.checkpoints.characters import Characters, read_characters
 from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, ReadOptions, TokenizerFiles
 from src.checkpoints.hf import backend_of, id_count, tokenization, tokenizer_files
@@ -56,6 +56,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     """
     stored, settings = read_training(path, _BUFFERS)
     counts = {name: whole_number(path, settings, name) for name in _COUNTS}
+    check_layers(f"{path}: n_layer", counts["n_layer"], len(stored))
     if counts["n_embd"] % counts["n_head"]:
         raise UserError(f"{path}: n_head={counts['n_head']} does not divide n_embd={counts['n_embd']}; mend model_args")
     biases = settings.get("bias", True)  # models from before the setting have biases

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 
 
 def read_saved(path: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def read_saved(path: Path) -> dict[str, Any]:
             f"{path} holds {named}, which is neither a plain value nor a tensor and is not loaded, as it could run "
             "code; save the checkpoint again without it"
         ) from error
-    except (EOFError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a damaged pickle fails in whatever its bytes happen to ask for
         raise UserError(
             f"{path} is no whole file that torch 1.6 or later saved ({' '.join(str(error).split())[:200]}); fetch or "
             "save it again"
@@ -75,9 +75,8 @@ def read_plain(path: Path) -> Any:
             return _PlainUnpickler(file).load()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name the file that the data was prepared with") from error
-    # A damaged pickle fails in whatever its bytes happen to ask for.
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no pickle of plain values ({error}); prepare the data again") from error
+    except Exception as error:  # a damaged pickle fails in whatever its bytes happen to ask for
+        raise UserError(f"{path} is no pickle of plain values ({in_one_line(error)}); prepare the data again") from error
 
 
 def read_training(path: Path, buffers: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
