@@ -33,6 +33,7 @@ from config.schema import DataConfig
 from src.sources import SourceRows
 from src.tokenization import IGNORED, TokenRow
 from utils.files import sync, write_json
+from utils.json_text import parse_json
 from utils.locks import Lock
 from utils.logging import get_logger
 
@@ -191,10 +192,10 @@ def _complete(folder: Path, prepare: Callable[[Path], None]) -> None:
 def _is_complete(folder: Path) -> bool:
     """Whether all shards were written, and are as they were then."""
     try:
-        shards = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
-    except FileNotFoundError:
+        shards = parse_json((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return False
-    return all(read_account(folder / shard) is not None for shard in shards)
+    return isinstance(shards, list) and all(isinstance(shard, str) for shard in shards) and all(read_account(folder / shard) is not None for shard in shards)
 
 
 def shard_name(source: int, shard: int) -> str:
@@ -238,9 +239,9 @@ class ShardWriter:
 def read_account(shard: Path) -> dict[str, Any] | None:
     """What a shard's `account.json` says; None where it is missing, or a file is not as long as then."""
     try:
-        account = json.loads((shard / ACCOUNT).read_text(encoding="utf-8"))
-        whole = all((shard / name).stat().st_size == size for name, size in account["bytes"].items())
-    except (OSError, json.JSONDecodeError, KeyError):
+        account = parse_json((shard / ACCOUNT).read_text(encoding="utf-8"))
+        whole = type(account["rows_read"]) is int and all((shard / name).stat().st_size == size for name, size in account["bytes"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return account if whole else None
 

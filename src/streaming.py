@@ -34,7 +34,8 @@ from src.packing import best_fit_bins
 from src.preparation import OpenSource, Preparation
 from src.sources import Row
 from utils.ahead import Ahead, Halt
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
+from utils.json_text import ANOTHER_CHECKPOINT, read_json_file
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -328,6 +329,18 @@ class StreamFeed(IterableDataset):
         mark = self.mark
         tallies = [tally.as_json() for tally in mark.tallies]
         return {"step": mark.step, "given": mark.given, "place": mark.place.as_json(), "tallies": tallies}
+
+    def load_state_from(self, path: Path) -> None:
+        """Go to where the feed was whose state a file of JSON holds.
+
+        Raises:
+            UserError: the file is no state of a feed.
+        """
+        content = read_json_file(path, ANOTHER_CHECKPOINT)
+        try:
+            self.load_state(content)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no place in a stream ({in_one_line(error)}); {ANOTHER_CHECKPOINT}") from error
 
     def load_state(self, content: dict[str, Any]) -> None:
         """Go to where another feed was when it told its state."""

@@ -153,7 +153,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         self.feed = self._new_feed()
         self.args.max_steps = self.feed.steps
         if isinstance(self.feed, StreamFeed) and resume_from_checkpoint:
-            self.feed.load_state(json.loads((Path(resume_from_checkpoint) / STREAM).read_text(encoding="utf-8")))
+            self.feed.load_state_from(Path(resume_from_checkpoint) / STREAM)
         self._ready = self._new_steps()
         self.sums.take_unseen()
         try:

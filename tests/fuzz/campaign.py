@@ -22,6 +22,10 @@ from tests.fuzz.reader import BATCH, MEMORY_MIB, SECONDS, Files, Reader, batch, 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE_MIB = 3072
 """Address space beyond what the imports took: less than one absurd allocation, more than any sound one."""
+FAULTY = 99
+"""Exit code of a process in which this program itself failed."""
+DEATHS = 20
+"""Of a reader's processes, after which it is left: what kills them is to be mended first."""
 WALL_S = 120
 """After which a process that computes nothing counts as hung."""
 
@@ -48,6 +52,8 @@ class Outcome:
     slowest_s: float = 0.0
     largest_mib: float = 0.0
     finds: dict[str, Find] = field(default_factory=dict)
+    deaths: int = 0
+    """Processes that ended in mid-work."""
 
     def add(self, what: str, where: str, said: str, files: Files) -> None:
         """Count a find; the input is kept of the first at a place."""
@@ -61,7 +67,7 @@ def run(reader: Reader, count: int, seed: int) -> Outcome:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as place:
         folder = Path(place)
         seeds = _seeds(reader, folder / "seeds")
-        while outcome.inputs < count:
+        while outcome.inputs < count and outcome.deaths < DEATHS:
             _one_process(reader, seeds, outcome, count, seed, folder)
     outcome.seconds = time.monotonic() - started
     return outcome
@@ -94,10 +100,15 @@ def _copied(source: Path, target: Path) -> Path:
 def _one_process(reader: Reader, seeds: list[Files], outcome: Outcome, count: int, seed: int, folder: Path) -> None:
     """Fork a process that reads on behind `outcome.inputs`, and take down what it says until it ends."""
     reading, writing = os.pipe()
+    original = os.dup(2)
     child = os.fork()
     if not child:
         os.close(reading)
-        _child(reader, seeds, outcome.inputs, count, seed, folder / "input", writing)
+        try:
+            _child(reader, seeds, outcome.inputs, count, seed, folder / "input", writing)
+        except BaseException:  # noqa: BLE001 - a fault of this program, not of a reader: told, then the process ends
+            os.write(original, traceback.format_exc().encode())
+        os._exit(FAULTY)
     os.close(writing)
     first = outcome.inputs
     with open(reading, encoding="utf-8", errors="backslashreplace") as lines:
@@ -111,12 +122,16 @@ def _one_process(reader: Reader, seeds: list[Files], outcome: Outcome, count: in
                 outcome.refused += int(values[1])
                 outcome.slowest_s = max(outcome.slowest_s, float(values[2]))
                 outcome.largest_mib = max(outcome.largest_mib, float(values[3]))
-    _, status, _ = os.wait4(child, 0)
+    _, status = os.waitpid(child, 0)
+    os.close(original)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == FAULTY:
+        raise RuntimeError(f"the inputs of {reader.name} could not be made; the lines above say why")
     if status:
         died = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit {os.waitstatus_to_exitcode(status)}"
         what = {"SIGPROF": f"over {SECONDS} s", "SIGALRM": "waits without end"}.get(died, died)
         outcome.add(what, "its process ended", "", files_of(folder / "input"))
         outcome.inputs += 1
+        outcome.deaths += 1
 
 
 def _child(reader: Reader, seeds: list[Files], first: int, count: int, seed: int, folder: Path, writing: int) -> None:

@@ -8,7 +8,8 @@ from random import Random
 
 import yaml
 
-from config.loader import format_config, read_command_line
+from config.constraints import check_constraints
+from config.loader import CommandLine, format_config, read_command_line, to_dict
 from config.recipe import load_recipe
 from config.schema import RunConfig
 from config.validation import field_names, to_tree
@@ -39,10 +40,11 @@ def _recipes(folder: Path) -> None:
 
 
 def read_recipe(folder: Path) -> None:
-    """Read a recipe as train.py does, print it, and read what was printed."""
-    command = read_command_line(["--config", str(folder / "recipe.yaml")])
-    (folder / "printed.yaml").write_text(format_config(command), "utf-8")
-    assert load_recipe(folder / "printed.yaml") is not None
+    """Read a recipe as train.py does, print it, and read what was printed, which is a recipe too."""
+    config = load_recipe(folder / "recipe.yaml")
+    check_constraints(config)
+    (folder / "printed.yaml").write_text(format_config(CommandLine(config, folder / "recipe.yaml")), "utf-8")
+    assert to_dict(load_recipe(folder / "printed.yaml")) == to_dict(config), "what is printed is another recipe"
 
 
 def _options(folder: Path) -> None:

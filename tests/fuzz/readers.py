@@ -1,5 +1,5 @@
 """Everything that is fuzzed."""
 
-from tests.fuzz import checkpoints, configs, data
+from tests.fuzz import checkpoints, configs, data, runs
 
-READERS = (*configs.READERS, *data.READERS, *checkpoints.READERS)
+READERS = (*configs.READERS, *data.READERS, *checkpoints.READERS, *runs.READERS)
