@@ -195,7 +195,11 @@ def _is_complete(folder: Path) -> bool:
         shards = parse_json((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return False
-    return isinstance(shards, list) and all(isinstance(shard, str) for shard in shards) and all(read_account(folder / shard) is not None for shard in shards)
+    return (
+        isinstance(shards, list)
+        and all(isinstance(shard, str) for shard in shards)
+        and all(read_account(folder / shard) is not None for shard in shards)
+    )
 
 
 def shard_name(source: int, shard: int) -> str:
@@ -240,7 +244,9 @@ def read_account(shard: Path) -> dict[str, Any] | None:
     """What a shard's `account.json` says; None where it is missing, or a file is not as long as then."""
     try:
         account = parse_json((shard / ACCOUNT).read_text(encoding="utf-8"))
-        whole = type(account["rows_read"]) is int and all((shard / name).stat().st_size == size for name, size in account["bytes"].items())
+        whole = type(account["rows_read"]) is int and all(
+            (shard / name).stat().st_size == size for name, size in account["bytes"].items()
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return account if whole else None

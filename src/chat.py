@@ -163,12 +163,15 @@ class ChatTemplate:
     def _apply(self, conversations: Sequence[Conversation], generation_prompt: bool) -> list[str]:
         if not conversations:
             return []
-        return self.tokenizer.apply_chat_template(
+        texts = self.tokenizer.apply_chat_template(
             [list(conversation.messages) for conversation in conversations],
             tokenize=False,
             add_generation_prompt=generation_prompt,
             **self.variables(conversations[0]),
         )
+        for text in texts:
+            text.encode()  # raises at half of a surrogate pair, which a template can write and no tokenizer takes
+        return texts
 
     def variables(self, conversation: Conversation) -> dict[str, object]:
         """What the template is given beside the messages, and its text, as arguments of `apply_chat_template`."""

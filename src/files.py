@@ -174,6 +174,13 @@ def shorten(text: str, limit: int = 60) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "...")
 
 
+def shown_names(names: Iterable[str]) -> str:
+    """Names of columns for a message, the first ones where there are many."""
+    found = list(names)
+    cut = [name if len(name) <= 60 else name[:60] + "..." for name in found[:30]]
+    return ", ".join(cut) + (f" and {len(found) - 30} more" if len(found) > 30 else "")
+
+
 def _text_of(file: BinaryIO) -> io.TextIOWrapper:
     """A file's characters, with line ends as they are."""
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -303,7 +310,7 @@ def _csv_rows(file: BinaryIO, shown: str) -> Iterator[Row]:
     try:
         header = next(lines, [])
         if len(set(header)) < len(header):
-            raise UserError(f"{shown} names a column twice: {', '.join(header)}; rename one of them")
+            raise UserError(f"{shown} names a column twice: {shown_names(header)}; rename one of them")
         number = 0
         for values in lines:
             if not values:

@@ -6,12 +6,10 @@ model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.
 """
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -28,6 +26,8 @@ from src.architectures import settings_from
 from src.attention import DOCUMENTS
 from src.attention_choice import use_attention
 from src.chat_setup import grow_embeddings, set_chat_template, template_tokens
+from src.checkpoints.architecture import check_config_layers
+from src.checkpoints.json_files import read_json_object
 from src.context import scale_context
 from src.families import check_code, check_family, refuse_own_code
 from src.generation import set_stops
@@ -35,6 +35,7 @@ from src.quantization import finish_base, loading_options
 from src.tokenizer_check import check_ids, check_saved
 from utils.distributed import accelerator_name
 from utils.errors import UserError, in_one_line
+from utils.json_text import parse_json
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -67,7 +68,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             check_code(source, revision)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trusted)
-        except (OSError, ValueError) as error:
+            tokenizer("a")  # what the files say is put to use
+        except Exception as error:  # transformers and tokenizers check few of the values that they compute with
             raise UserError(f"no tokenizer could be loaded from {source}: {in_one_line(error)}") from error
         check_ids(tokenizer, source, revision)
     for role, token in config.special_tokens.items():
@@ -125,7 +127,7 @@ def load_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         settings = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # each family computes with its settings in its own way, and checks few of them
         if not config.trust_remote_code:
             refuse_own_code(config.path, config.revision)
         raise UserError(f"model.path={config.path} could not be read: {in_one_line(error)}") from error
@@ -214,7 +216,9 @@ def _from_checkpoint(
             ignore_mismatched_sizes=True,  # they are named below
             **options,
         )
-    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except (ImportError, KeyError):
+        raise  # a package that is absent, or a name that transformers has not: the caller tells
+    except Exception as error:  # damaged files, and settings that no model can be made of
         raise UserError(f"the weights of {config.path} could not be loaded: {in_one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     mismatched = sorted(f"{name} of {tuple(given)} for {tuple(own)}" for name, given, own in report["mismatched_keys"])
@@ -236,7 +240,7 @@ def _check_local(source: str, field: str, needed: str) -> None:
             raise UserError(f"{field}={source} does not exist; give a folder with a checkpoint, or a Hub id")
         return
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
             f"{field}={source} holds an adapter, not a model; train from its base {base}, or merge the two first"
         )
@@ -252,27 +256,35 @@ def _check_local(source: str, field: str, needed: str) -> None:
 
 def _check_json(path: Path, field: str) -> None:
     try:
-        json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{field}={path.parent}: {path.name} is not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{field}={path.parent}: {path.name} holds no object; fetch it again")
 
 
 def _check_weights(folder: Path) -> None:
     """Make sure that the weight files of a checkpoint are all there and whole, before anything else takes time."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        places = read_json_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"model.path={folder}: {index.name} has no weight_map of file names; fetch it again")
+        shards = set(places.values())
         absent = sorted(name for name in shards if not (folder / name).is_file())
         if absent:
             raise UserError(
                 f"model.path={folder} is incomplete: {len(absent)} of {len(shards)} weight files that its index names "
                 f"are missing ({', '.join(absent[:3])}); fetch it again"
             )
+    tensors = 0
     for path in sorted(folder.glob("model*.safetensors")):
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as content:
+                tensors += len(content.keys())
         except SafetensorError as error:
             raise UserError(
                 f"model.path={folder} is incomplete: {path.name} is damaged or cut short ({error}); fetch it again"
             ) from error
+    if tensors:
+        check_config_layers(f"model.path={folder}: config.json", read_json_object(folder / "config.json"), tensors)

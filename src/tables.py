@@ -62,9 +62,14 @@ def _refused(shown: str, kind: str) -> Iterator[None]:
         raise UserError(f"{shown} cannot be read as {kind}: {in_one_line(error) or type(error).__name__}") from error
 
 
-def data_set_rows(table: datasets.Dataset) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
-    """The rows of a data set, and the dotted names of the keys that were taken out of each."""
-    return table_rows(table.with_format("arrow").iter(BATCH_ROWS))
+def data_set_rows(table: datasets.Dataset, shown: str) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """The rows of a data set, and the dotted names of the keys that were taken out of each.
+
+    Raises:
+        UserError: its files are damaged.
+    """
+    with _refused(shown, "a data set"):
+        yield from table_rows(table.with_format("arrow").iter(BATCH_ROWS))
 
 
 def table_rows(

@@ -99,6 +99,8 @@ Architecture = LlamaArchitecture | OtherArchitecture
 
 LLAMA_FIELDS = tuple(LlamaArchitecture.__dataclass_fields__)
 
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the families' names for their number
+
 # Settings of config.json that change nothing in what the tensors compute when they are evaluated.
 _WITHOUT_EFFECT = frozenset(
     (
@@ -137,6 +139,15 @@ def check_layers(where: str, layers: int, tensors: int) -> None:
     """
     if layers > tensors:
         raise UserError(f"{where}={layers}, but {tensors} tensors are stored; mend it, or give a complete checkpoint")
+
+
+def check_config_layers(where: str, settings: Mapping[str, Any], tensors: int) -> None:
+    """`check_layers` of a config.json, and of each part of it where it describes several models."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            check_config_layers(where, value, tensors)
+        elif name in _LAYERS and isinstance(value, int):
+            check_layers(f"{where}: {name}", value, tensors)
 
 
 def as_llama(architecture: Architecture, target: str) -> LlamaArchitecture:

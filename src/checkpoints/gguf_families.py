@@ -37,7 +37,7 @@ from src.checkpoints.interleaved import (
     rotary_frequencies,
     to_hugging_face,
 )
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
 """The tensor of what each rotary wavelength is stretched by, float32 (head size / 2,); `llama3` scaling's form."""
@@ -232,7 +232,7 @@ def from_file(
     found = content.tensors.keys() - {FREQUENCY_FACTORS}
     if wanted != found:
         raise UserError(
-            f"{content.path} lacks the tensors {sorted(wanted - found)} and has {sorted(found - wanted)}, which a "
+            f"{content.path} lacks the tensors {some(wanted - found)} and has {some(found - wanted)}, which a "
             f"{family.name} does not have; give a complete file"
         )
     by_meta = {meta_name(name): content.tensors[name] for name in tensor_names(family, sizes)}

@@ -16,7 +16,7 @@ from src.checkpoints.gguf_steps import name_of_steps
 from src.checkpoints.hf_tokenizer import made_tokenizer
 from src.checkpoints.json_files import read_json_object
 from src.checkpoints.pieces import ScoredPieces, pieces_of_content, repeated_pieces
-from utils.errors import UserError
+from utils.errors import UserError, some
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -52,7 +52,9 @@ def to_metadata(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:
             "tokenizer with --tokenizer, or resize its embedding"
         )
     if repeated := repeated_pieces(tokens):
-        raise UserError(f"the tokenizer has tokens under several ids: {repeated}; llama.cpp asks for one each")
+        raise UserError(
+            f"the tokenizer has tokens under several ids: {some(repeated.items())}; llama.cpp asks for one each"
+        )
     missing = range(len(tokens), vocab_size)
     tokens += [f"[PAD{index}]" for index in missing]
     values["token_type"] += [UNUSED] * len(missing)
@@ -90,7 +92,10 @@ class _Parts:
             settings = read_json_object(config) if config else {}
             template = jinja.read_text(encoding="utf-8") if jinja else settings.get("chat_template")
         if not isinstance(template, str | None):
-            templates = {each["name"]: each["template"] for each in template}
+            try:
+                templates = {each["name"]: each["template"] for each in template}
+            except (LookupError, TypeError) as error:
+                raise UserError(f"{name}: chat_template is neither a text nor a list of named ones; mend it") from error
             log.warning("GGUF holds one chat template; of %s it gets `default`", sorted(templates))
             template = templates.get("default")
         parts = cls(name, content, settings, template)
@@ -116,8 +121,8 @@ class _Parts:
         found = {}
         for role in ("bos", "eos", "unk", "pad"):
             token = self.settings.get(f"{role}_token")
-            token = token["content"] if isinstance(token, dict) else token
-            if token in ids:
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token in ids:
                 found[role] = ids[token]
         return found
 

@@ -18,7 +18,7 @@ from src.checkpoints.gguf_files import Content
 from src.checkpoints.gguf_steps import NAMED_STEPS, OTHER_NAMES
 from src.checkpoints.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from src.checkpoints.pieces import ScoredPieces, repeated_pieces
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _DEFAULT_IDS = {"llama": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}, "gpt2": {}}
@@ -70,7 +70,7 @@ class _Table:
                 "the model's own files"
             )
         if repeated := repeated_pieces(tokens):
-            raise UserError(f"{content.path} has tokens under several ids: {repeated}; convert it again")
+            raise UserError(f"{content.path} has tokens under several ids: {some(repeated.items())}; convert it again")
         kinds = content.metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
         if len(kinds) != len(tokens):
             raise UserError(f"{content.path} has {len(kinds)} token types for {len(tokens)} tokens; convert it again")

@@ -28,7 +28,7 @@ from src.checkpoints.architecture import (
     LlamaArchitecture,
     OtherArchitecture,
     beyond_llama,
-    check_layers,
+    check_config_layers,
 )
 from src.checkpoints.characters import only_characters
 from src.checkpoints.checkpoint import (
@@ -53,7 +53,6 @@ log = get_logger(__name__)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES, _PICKLES_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the families' names for their number
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -101,7 +100,7 @@ def _read_architecture(
     path: Path, settings: dict[str, Any], tensors: dict[str, LazyTensor]
 ) -> tuple[Architecture, dict[str, LazyTensor]]:
     """What the tensors compute, and the tensors without a head that is the embedding's own."""
-    _check_layers(path, settings, len(tensors))
+    check_config_layers(f"{path}/config.json", settings, len(tensors))
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each family computes with its settings in its own way, and checks few of them
@@ -119,15 +118,6 @@ def _read_architecture(
     return OtherArchitecture(
         settings, text.vocab_size, getattr(text, "max_position_embeddings", 2**20), config.tie_word_embeddings
     ), tensors
-
-
-def _check_layers(path: Path, settings: dict[str, Any], tensors: int) -> None:
-    """Raises: UserError if config.json, or a part of it for one of several models, claims more layers than tensors."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            _check_layers(path, value, tensors)
-        elif name in _LAYERS and isinstance(value, int):
-            check_layers(f"{path}/config.json: {name}", value, tensors)
 
 
 def _check_loading(path: Path) -> None:
@@ -309,7 +299,9 @@ def tokenization(folder: Path) -> Callable[[str], list[int]]:
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the files' values reach code that expects others
-            raise UserError(f"no tokenizer could be loaded from {folder}: {in_one_line(error)}; mend its files") from error
+            raise UserError(
+                f"no tokenizer could be loaded from {folder}: {in_one_line(error)}; mend its files"
+            ) from error
 
     return lambda text: tokenizer()(text, verbose=False).input_ids  # quiet about texts beyond the context
 

@@ -52,9 +52,18 @@ def pickled_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     content = read_saved(path)
     for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {name} is a {type(value).__name__}, no tensor; give a file of weights alone")
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, no tensor; give a file of weights alone")
+        _check_plain(path, name, value)
     return content
+
+
+def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises: UserError if a tensor is none of plain numbers in memory, such as a sparse, quantized or meta one."""
+    kinds = (("layout", tensor.layout, torch.strided), ("device", tensor.device, torch.device("cpu")))
+    for what, found, wanted in (*kinds, ("is_quantized", tensor.is_quantized, False)):
+        if found != wanted:
+            raise UserError(f"{path}: the tensor {name} has {what}={found}, must be {wanted}; save it again as that")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -76,7 +85,9 @@ def read_plain(path: Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name the file that the data was prepared with") from error
     except Exception as error:  # a damaged pickle fails in whatever its bytes happen to ask for
-        raise UserError(f"{path} is no pickle of plain values ({in_one_line(error)}); prepare the data again") from error
+        raise UserError(
+            f"{path} is no pickle of plain values ({in_one_line(error)}); prepare the data again"
+        ) from error
 
 
 def read_training(path: Path, buffers: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -103,6 +114,7 @@ def read_training(path: Path, buffers: tuple[str, ...]) -> tuple[dict[str, torch
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             raise UserError(f"{path}: model[{name!r}] is {kind}, not a tensor of floats; save it again")
+        _check_plain(path, name, value)
     return tensors, settings
 
 

@@ -14,13 +14,20 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ARROW_NUM_THREADS": "1"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "ARROW_NUM_THREADS": "1",
+}
 
 
 def main() -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--inputs", type=int, default=10_000, help="in all, spread over the readers by how quick they are")
+    parser.add_argument(
+        "--inputs", type=int, default=10_000, help="in all, spread over the readers by how quick they are"
+    )
     parser.add_argument("--seed", type=int, default=0, help="what decides every input")
     parser.add_argument("--only", action="append", help="name of a reader; may be given several times")
     parser.add_argument("--keep", type=Path, help="folder for the inputs of finds")
@@ -40,7 +47,9 @@ def main() -> int:
     chosen = [reader for reader in READERS if not arguments.only or reader.name in arguments.only]
     shares = sum(reader.share for reader in chosen)
     total = refused = found = 0
-    print(f"{'reader':<24} {'inputs':>7} {'refused':>7} {'seconds':>8} {'slowest':>8} {'MiB':>6} {'finds':>6}", flush=True)
+    print(
+        f"{'reader':<24} {'inputs':>7} {'refused':>7} {'seconds':>8} {'slowest':>8} {'MiB':>6} {'finds':>6}", flush=True
+    )
     for reader in chosen:
         outcome = run(reader, max(1, arguments.inputs * reader.share // shares), arguments.seed)
         total, refused, found = total + outcome.inputs, refused + outcome.refused, found + len(outcome.finds)

@@ -127,7 +127,11 @@ def _one_process(reader: Reader, seeds: list[Files], outcome: Outcome, count: in
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == FAULTY:
         raise RuntimeError(f"the inputs of {reader.name} could not be made; the lines above say why")
     if status:
-        died = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit {os.waitstatus_to_exitcode(status)}"
+        died = (
+            signal.Signals(os.WTERMSIG(status)).name
+            if os.WIFSIGNALED(status)
+            else f"exit {os.waitstatus_to_exitcode(status)}"
+        )
         what = {"SIGPROF": f"over {SECONDS} s", "SIGALRM": "waits without end"}.get(died, died)
         outcome.add(what, "its process ended", "", files_of(folder / "input"))
         outcome.inputs += 1

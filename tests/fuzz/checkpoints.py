@@ -74,7 +74,9 @@ def _llama2c(folder: Path, version: int) -> None:
         made_up(place, tied)
         if version:
             target = f"llama2c-v{version}"
-            convert(place / "model.bin", place / "out", target, reading=ReadOptions(place / "tokenizer.bin"), check="none")
+            convert(
+                place / "model.bin", place / "out", target, reading=ReadOptions(place / "tokenizer.bin"), check="none"
+            )
             for name in ("model.bin", "tokenizer.bin"):
                 shutil.move(place / "out" / name, place / name)
             shutil.rmtree(place / "out")
@@ -154,34 +156,64 @@ def _pieces_in_hf(folder: Path) -> None:
     (folder / "b" / "conversion.json").unlink()
 
 
+def _meta_in_hf(folder: Path) -> None:
+    """A model of Meta's in Hugging Face's form, one of pieces and one of ranks."""
+    for release, reading in (("2", ReadOptions(meta_version="2")), ("3", ReadOptions(instruct=False))):
+        meta_reference.write(folder / "a", release, 1)
+        convert(folder / "a", folder / release, "hf", reading=reading, check="none")
+        shutil.rmtree(folder / "a")
+        (folder / release / "conversion.json").unlink()
+
+
 def _reader(name: str, seeds: Callable[[Path], None], share: int, **options: object) -> Reader:
     return Reader(name, seeds, functools.partial(_told_or_read, **options), share)
 
 
 WEIGHTS = ("model.safetensors",)
 READERS = (
-    _reader("llama2c v0", functools.partial(_llama2c, version=0), 50, kind="llama2c", entry="model.bin", tokenizer="tokenizer.bin"),
-    _reader("llama2c v1", functools.partial(_llama2c, version=1), 50, kind="llama2c", entry="model.bin", tokenizer="tokenizer.bin"),
-    _reader("llama2c v2", functools.partial(_llama2c, version=2), 50, kind="llama2c", entry="model.bin", tokenizer="tokenizer.bin"),
-    _reader("llama2c-training", _training, 30, kind="llama2c-training", entry="ckpt.pt", tokenizer="tokenizer.bin"),
-    _reader("nanogpt", _nanogpt, 30, kind="nanogpt", entry="ckpt.pt", activation="gelu"),
-    _reader("meta pieces", functools.partial(_meta, releases=(("2", 1), ("2", 2))), 20, kind="meta", meta_version="2"),
+    _reader(
+        "llama2c v0",
+        functools.partial(_llama2c, version=0),
+        60,
+        kind="llama2c",
+        entry="model.bin",
+        tokenizer="tokenizer.bin",
+    ),
+    _reader(
+        "llama2c v1",
+        functools.partial(_llama2c, version=1),
+        60,
+        kind="llama2c",
+        entry="model.bin",
+        tokenizer="tokenizer.bin",
+    ),
+    _reader(
+        "llama2c v2",
+        functools.partial(_llama2c, version=2),
+        60,
+        kind="llama2c",
+        entry="model.bin",
+        tokenizer="tokenizer.bin",
+    ),
+    _reader("llama2c-training", _training, 15, kind="llama2c-training", entry="ckpt.pt", tokenizer="tokenizer.bin"),
+    _reader("nanogpt", _nanogpt, 20, kind="nanogpt", entry="ckpt.pt", activation="gelu"),
+    _reader("meta pieces", functools.partial(_meta, releases=(("2", 1), ("2", 2))), 15, kind="meta", meta_version="2"),
     _reader(
         "meta ranks",
         functools.partial(_meta, releases=(("3", 1), ("3", 2))),
-        20,
+        10,
         kind="meta",
         instruct=False,
     ),
-    _reader("meta with reading.json", _written_meta, 10, kind="meta"),
-    _reader("gguf", _gguf, 40, kind="gguf", entry="model.gguf"),
-    _reader("hf", _hf, 40, kind="hf"),
-    _reader("hf shards", functools.partial(_hf, shard_bytes=4000), 20, kind="hf"),
-    _reader("hf pickles", _pickled, 20, kind="hf"),
-    _reader("hf gpt2", functools.partial(_hf, config=GPT2), 8, kind="hf"),
-    Reader("hf to gguf", _hf, functools.partial(_converted, target="gguf"), 6, WEIGHTS),
-    Reader("hf pieces to gguf", _pieces_in_hf, functools.partial(_converted, target="gguf"), 4, WEIGHTS),
-    Reader("hf pieces to llama2c", _pieces_in_hf, functools.partial(_converted, target="llama2c"), 6, WEIGHTS),
-    Reader("hf pieces to meta", _pieces_in_hf, functools.partial(_converted, target="meta"), 4, WEIGHTS),
-    Reader("gguf to hf", _gguf, functools.partial(_converted, target="hf", entry="model.gguf"), 6),
+    _reader("meta with reading.json", _written_meta, 5, kind="meta"),
+    _reader("gguf", _gguf, 15, kind="gguf", entry="model.gguf"),
+    _reader("hf", _hf, 15, kind="hf"),
+    _reader("hf shards", functools.partial(_hf, shard_bytes=4000), 10, kind="hf"),
+    _reader("hf pickles", _pickled, 10, kind="hf"),
+    _reader("hf gpt2", functools.partial(_hf, config=GPT2), 3, kind="hf"),
+    Reader("hf to gguf", _hf, functools.partial(_converted, target="gguf"), 2, WEIGHTS),
+    Reader("hf pieces to gguf", _pieces_in_hf, functools.partial(_converted, target="gguf"), 2, WEIGHTS),
+    Reader("hf pieces to llama2c", _pieces_in_hf, functools.partial(_converted, target="llama2c"), 2, WEIGHTS),
+    Reader("hf pieces to meta", _meta_in_hf, functools.partial(_converted, target="meta"), 2, WEIGHTS),
+    Reader("gguf to hf", _gguf, functools.partial(_converted, target="hf", entry="model.gguf"), 2),
 )

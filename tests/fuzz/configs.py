@@ -16,7 +16,14 @@ from config.validation import field_names, to_tree
 from tests.fuzz.mutations import INTEGERS, TEXTS, WORDS
 from tests.fuzz.reader import BATCH, Reader
 
-RECIPES = ("smol.yaml", "smol.py", "smol_lora.py", "smollm3_3b_qlora.py", "llama31_8b_fsdp2.py", "stories260k_alpaca.py")
+RECIPES = (
+    "smol.yaml",
+    "smol.py",
+    "smol_lora.py",
+    "smollm3_3b_qlora.py",
+    "llama31_8b_fsdp2.py",
+    "stories260k_alpaca.py",
+)
 
 
 def _recipes(folder: Path) -> None:
@@ -49,8 +56,25 @@ def read_recipe(folder: Path) -> None:
 
 def _options(folder: Path) -> None:
     (folder / "a").mkdir()
-    arguments = ["--optim.learning_rate", "1e-4", "--data.train.0.path=rows.jsonl", "--model.architecture.hidden_size", "64"]
-    arguments += ["--data.eval", "[]", "--data.train.1.path", "b.jsonl", "--output.name", "x", "--training.max-steps", "3"]
+    arguments = [
+        "--optim.learning_rate",
+        "1e-4",
+        "--data.train.0.path=rows.jsonl",
+        "--model.architecture.hidden_size",
+        "96",
+    ]
+    arguments += [
+        "--data.eval",
+        "[]",
+        "--data.eval_fraction",
+        "0.5",
+        "--data.train.1.path",
+        "b.jsonl",
+        "--output.name",
+        "x",
+        "--training.max-steps",
+        "3",
+    ]
     (folder / "a" / "arguments.json").write_text(json.dumps(arguments), "utf-8")
 
 
@@ -74,12 +98,16 @@ def option_files(seed: int) -> Iterator[dict[str, bytes]]:
         lambda: random.choice(TEXTS[:4] + TEXTS[5:]),
         lambda: str(random.choice(INTEGERS)),
         lambda: random.choice(WORDS["yaml"]),
-        lambda: random.choice(("true", "false", "null", "None", "1e-4", "[]", "{}", "{a: 1}", "[{path: x}]", "auto", "-1", "0.5")),
+        lambda: random.choice(
+            ("true", "false", "null", "None", "1e-4", "[]", "{}", "{a: 1}", "[{path: x}]", "auto", "-1", "0.5")
+        ),
     ]
     for _ in range(BATCH):
         arguments: list[str] = []
         for _ in range(random.choice((1, 1, 2, 3))):
-            name = random.choice(field_names()).replace(".N", random.choice((".0", ".1", ".7", ".²", ".-1", ".٣", "." + "9" * 30)))
+            name = random.choice(field_names()).replace(
+                ".N", random.choice((".0", ".1", ".7", ".²", ".-1", ".٣", "." + "9" * 30))
+            )
             if random.random() < 0.2:
                 name += random.choice((".", ".x", "..x", ".x.y", "-", "=", ".0", "\ud800"))
             if random.random() < 0.1:
@@ -90,6 +118,6 @@ def option_files(seed: int) -> Iterator[dict[str, bytes]]:
 
 
 READERS = (
-    Reader("recipes", _recipes, read_recipe, 60),
-    Reader("options", _options, read_options, 12, makes=option_files),
+    Reader("recipes", _recipes, read_recipe, 20),
+    Reader("options", _options, read_options, 3, makes=option_files),
 )

@@ -17,7 +17,17 @@ from typing import Any
 
 import torch
 
-from tests.fuzz.mutations import FLOATS, INTEGERS, TEXTS, VALUES, WORDS, changed_bytes, changed_json, changed_text, changed_tree
+from tests.fuzz.mutations import (
+    FLOATS,
+    INTEGERS,
+    TEXTS,
+    VALUES,
+    WORDS,
+    changed_bytes,
+    changed_json,
+    changed_text,
+    changed_tree,
+)
 
 
 def _safetensors(data: bytes, random: Random) -> bytes:
@@ -107,7 +117,9 @@ def _numbers(data: bytes, random: Random) -> bytes:
     if not places:
         return changed_bytes(data, random)
     at = random.choice(places)
-    large = random.choice((b"J" + struct.pack("<i", random.choice((-1, 2**31 - 1, 2**24))), b"\x8a\x06" + b"\x00" * 5 + b"\x01"))
+    large = random.choice(
+        (b"J" + struct.pack("<i", random.choice((-1, 2**31 - 1, 2**24))), b"\x8a\x06" + b"\x00" * 5 + b"\x01")
+    )
     return data[:at] + large + data[at + 2 :]
 
 
@@ -125,12 +137,75 @@ def _pickled(data: bytes, random: Random) -> bytes:
     return changed_bytes(data, random)
 
 
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of GGUF's values by their type; 8 is a text and 9 a list."""
+
+
+def _end_of_value(data: bytes, kind: int, at: int) -> int:
+    if kind == 8:
+        return at + 8 + struct.unpack_from("<Q", data, at)[0]
+    if kind != 9:
+        return at + _WIDTHS[kind]
+    inner, count = struct.unpack_from("<IQ", data, at)
+    at += 12
+    if inner in _WIDTHS:
+        return at + count * _WIDTHS[inner]
+    for _ in range(min(count, len(data))):
+        at = _end_of_value(data, inner, at)
+    return at
+
+
+def _gguf_value(data: bytes, random: Random) -> bytes:
+    """A GGUF file with one value of its metadata of another type or size, left out, or given twice."""
+    try:
+        count, at, entries = struct.unpack_from("<Q", data, 16)[0], 24, []
+        for _ in range(count):
+            start, length = at, struct.unpack_from("<Q", data, at)[0]
+            value = at + 12 + length
+            at = _end_of_value(data, struct.unpack_from("<I", data, value - 4)[0], value)
+            entries.append((start, value - 4, at))
+    except (struct.error, KeyError, OverflowError, RecursionError):
+        return changed_bytes(data, random)
+    if not entries or at > len(data):
+        return changed_bytes(data, random)
+    start, value, end = random.choice(entries)
+    number, text = random.choice(INTEGERS), random.choice(TEXTS).encode("utf-8", "surrogatepass")
+    texts = b"".join(struct.pack("<Q", len(word)) + word for word in (text, b"a", b"b"))
+    numbers = struct.pack("<3i", 1, 6, random.choice((-1, 3, 99)))
+    others = (
+        struct.pack("<Ii", 5, number % 2**31 - random.choice((0, 2**31))),
+        struct.pack("<IQ", 10, number % 2**64),
+        struct.pack("<If", 6, random.choice((*FLOATS[:5], 0.5, 3e38))),
+        struct.pack("<I?", 7, True),
+        struct.pack("<IQ", 8, len(text)) + text,
+        struct.pack("<IIQ", 9, 8, 3) + texts,
+        struct.pack("<IIQ", 9, 5, 3) + numbers,
+        struct.pack("<IIQ", 9, 5, 0),
+        b"",
+    )
+    other = random.choice(others)
+    entry = data[start:value] + other if other else b""
+    entry += data[start:end] if other and random.random() < 0.1 else b""
+    added = len(entry) - (end - start)
+    shifted = data[:start] + entry + data[end:at]
+    rest = data[at:]
+    count += -1 if not entry else len(entry) > len(data[start:value] + other)
+    # Tensors then begin elsewhere in a block of 32 bytes, and are other numbers; enough bytes follow for all of them.
+    return shifted[:16] + struct.pack("<Q", count) + shifted[24:] + rest + bytes(-added % 32)
+
+
 def _gguf(data: bytes, random: Random) -> bytes:
+    return (_gguf_value if random.random() < 0.6 else _gguf_number)(data, random)
+
+
+def _gguf_number(data: bytes, random: Random) -> bytes:
     """A GGUF file with one of its numbers or lengths changed: the start holds nearly all of them."""
     out = bytearray(data)
     if len(out) < 64:
         return changed_bytes(data, random)
-    mark = random.choice((b"general.", b"llama.", b"qwen2.", b"tokenizer.ggml.", b"blk.0.", b".weight", b"token_embd", b"rope"))
+    mark = random.choice(
+        (b"general.", b"llama.", b"qwen2.", b"tokenizer.ggml.", b"blk.0.", b".weight", b"token_embd", b"rope")
+    )
     places = [at for at in range(len(out)) if out.startswith(mark, at)][:60]
     at = (random.choice(places) if places else 0) + random.randrange(-8, 48)
     at = min(max(at, 0), len(out) - 8)

@@ -12,7 +12,6 @@ import pyarrow
 import pyarrow.parquet
 
 from config.schema import DataConfig, SourceConfig
-from src.chat import ChatTemplate
 from src.contract import ContractError
 from src.data import build_datasets
 from src.formats import RowConverter, TextRow, row_converter
@@ -31,7 +30,11 @@ CHAT = [
         "messages": [
             {"role": "system", "content": "be kind"},
             {"role": "user", "content": [{"type": "text", "text": "what is 1+1?"}]},
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 2.5}}}]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 2.5}}}],
+            },
             {"role": "tool", "content": "2"},
             {"role": "assistant", "content": "two", "reasoning_content": "one and one", "train": True},
         ],
@@ -42,7 +45,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "messages": CHAT,
     "sharegpt": [
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+            ]
+        },
     ],
     "alpaca": [{"instruction": "add", "input": "1 1", "output": "2", "history": [["a", "b"]]}],
     "prompt": [{"prompt": "a", "completion": "b"}, {"prompt": [{"role": "user", "content": "x"}], "completion": "y"}],
@@ -106,8 +114,8 @@ def encode_rows(folder: Path) -> None:
 
 def build(folder: Path) -> None:
     """The whole pipeline, onto the disk and back."""
-    config = DataConfig(train=(SourceConfig(path=str(folder / "rows.jsonl")),), max_length=64, eval_fraction=0.25)
-    data = build_datasets(config, _encoders()[0].tokenizer, context_length=64)
+    config = DataConfig(train=(SourceConfig(path=str(folder / "rows.jsonl")),), max_length=256)
+    data = build_datasets(config, _encoders()[0].tokenizer, context_length=256)
     assert all(len(row["input_ids"]) == len(row["labels"]) for row in data.train)
 
 
@@ -131,7 +139,9 @@ def _rows_of(rows: list[dict[str, Any]]) -> Iterator[Any]:
         yield Row(f"line {number}", json.loads(json.dumps(values)))
 
 
-def _written(folder: Path, write: Callable[[Path, list[dict[str, Any]]], None], names: tuple[str, ...] = tuple(ROWS)) -> None:
+def _written(
+    folder: Path, write: Callable[[Path, list[dict[str, Any]]], None], names: tuple[str, ...] = tuple(ROWS)
+) -> None:
     for name in names:
         (folder / name).mkdir()
         write(folder / name, ROWS[name])
@@ -160,7 +170,9 @@ def _txt(place: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _gz(place: Path, rows: list[dict[str, Any]]) -> None:
-    (place / "rows.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
+    (place / "rows.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
+    )
 
 
 def _zst(place: Path, rows: list[dict[str, Any]]) -> None:
@@ -195,13 +207,18 @@ def _saved(place: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _templates(folder: Path) -> None:
-    sources = [*sorted((SHARED / "chat_templates").glob("*.jinja")), *sorted(Path("config/chat_templates").glob("*.jinja"))]
+    sources = [
+        *sorted((SHARED / "chat_templates").glob("*.jinja")),
+        *sorted(Path("config/chat_templates").glob("*.jinja")),
+    ]
     for path in sources:
         (folder / path.stem).mkdir()
         (folder / path.stem / "template.jinja").write_bytes(path.read_bytes())
 
 
-def _seeds(write: Callable[[Path, list[dict[str, Any]]], None], names: tuple[str, ...] = tuple(ROWS)) -> Callable[[Path], None]:
+def _seeds(
+    write: Callable[[Path, list[dict[str, Any]]], None], names: tuple[str, ...] = tuple(ROWS)
+) -> Callable[[Path], None]:
     return functools.partial(_written, write=write, names=names)
 
 
@@ -219,17 +236,19 @@ def _row_tables(number: int) -> Iterator[dict[str, bytes]]:
 
 
 READERS = (
-    Reader("jsonl", _seeds(_lines), read_rows, 180, makes=row_files),
-    Reader("json array", _seeds(_array), read_rows, 60),
-    Reader("csv", _seeds(_csv, ("alpaca", "question", "text")), read_rows, 60),
+    Reader("jsonl", _seeds(_lines), read_rows, 200, makes=row_files),
+    Reader("json array", _seeds(_array), read_rows, 80),
+    Reader("csv", _seeds(_csv, ("alpaca", "question", "text")), read_rows, 80),
     Reader("txt", _seeds(_txt), read_rows, 30),
-    Reader("jsonl.gz", _seeds(_gz), read_rows, 50),
-    Reader("jsonl.zst", _seeds(_zst), read_rows, 50),
-    Reader("parquet", _seeds(_parquet, TABLES), read_rows, 60, makes=_row_tables),
-    Reader("arrow stream", _seeds(functools.partial(_arrow, indexed=False), TABLES), read_rows, 40),
-    Reader("arrow file", _seeds(functools.partial(_arrow, indexed=True), TABLES), read_rows, 40),
-    Reader("saved data set", _seeds(_saved, TABLES), read_rows, 15),
-    Reader("rows to tokens", _seeds(_lines), encode_rows, 60, makes=row_files),
-    Reader("rows to a data set", _seeds(_lines), build, 6, makes=row_files),
-    Reader("chat templates", _templates, render, 30),
+    Reader("jsonl.gz", _seeds(_gz), read_rows, 60),
+    Reader("jsonl.zst", _seeds(_zst), read_rows, 60),
+    Reader("parquet", _seeds(_parquet, TABLES), read_rows, 50, makes=_row_tables),
+    Reader("arrow stream", _seeds(functools.partial(_arrow, indexed=False), TABLES), read_rows, 50),
+    Reader("arrow file", _seeds(functools.partial(_arrow, indexed=True), TABLES), read_rows, 50),
+    Reader("saved data set", _seeds(_saved, TABLES), read_rows, 10),
+    Reader("rows to tokens", _seeds(_lines), encode_rows, 30, makes=row_files),
+    Reader(
+        "rows to a data set", _seeds(_lines, ("alpaca", "prompt", "question", "text", "ids")), build, 3, makes=row_files
+    ),
+    Reader("chat templates", _templates, render, 20),
 )

@@ -17,7 +17,22 @@ FLOATS = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-320, 1e308)
 HEADER_BYTES = 256
 """Most formats say in these what the rest is; half of all changes are made there."""
 
-TEXTS = ("", " ", "\x00", "\ufeff", "\ud800", "é", "日本", "a" * 300, "../../etc/passwd", "{", "[", "null", "\u2028", "\x1b[2J")
+TEXTS = (
+    "",
+    " ",
+    "\x00",
+    "\ufeff",
+    "\ud800",
+    "é",
+    "日本",
+    "a" * 300,
+    "../../etc/passwd",
+    "{",
+    "[",
+    "null",
+    "\u2028",
+    "\x1b[2J",
+)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, {}, [], [[]], [{}], {"": None}, {"a": {"b": []}}, [None], ["a"], [1], {"0": 1}),
     *(*TEXTS, *INTEGERS, *FLOATS, 1e400, 10**30, -(10**30)),
@@ -25,30 +40,115 @@ VALUES: tuple[Any, ...] = (
 WORDS: dict[str, tuple[str, ...]] = {
     "yaml": (
         *("&a [*a]", "*a", "&a ", "!!python/object/apply:os.system [ls]", "!!binary x", "!!timestamp x", "!!bool x"),
-        *("!!int x", "!!float x", "!!omap [1]", "!!set {a}", "? [a]", "<<: *a", "<<: [1]", "- ", ": ", "---\n", "...\n"),
+        *(
+            "!!int x",
+            "!!float x",
+            "!!omap [1]",
+            "!!set {a}",
+            "? [a]",
+            "<<: *a",
+            "<<: [1]",
+            "- ",
+            ": ",
+            "---\n",
+            "...\n",
+        ),
         *(".inf", ".nan", "1e999", "0x", "0b", "0o9", "1_0", "190:20:30", "9" * 5000, '"\\ud800"', '"\\U00110000"'),
-        *("[" * 50, "{" * 50, "[" * 2000, "{a: " * 2000, "\t", "%YAML 9.9\n", "null", "~", "!<x> y", "\x85", "| \n", ">-\n"),
+        *(
+            "[" * 50,
+            "{" * 50,
+            "[" * 2000,
+            "{a: " * 2000,
+            "\t",
+            "%YAML 9.9\n",
+            "null",
+            "~",
+            "!<x> y",
+            "\x85",
+            "| \n",
+            ">-\n",
+        ),
     ),
     "jinja": (
         *("{{", "}}", "{%", "%}", "{#", "-", "{{ 1 / 0 }}", "{{ messages[99] }}", "{{ messages | length + 'a' }}"),
         *("{% for m in messages %}", "{% endfor %}", "{% if x %}", "{% endif %}", "{{ 'a' * 10**12 }}", "{{ x.y.z }}"),
         *("{{ ''.__class__.__mro__ }}", "{{ range(10**9) | list }}", "{% include 'x' %}", "{% extends 'x' %}"),
-        *("{{ raise_exception('no') }}", "{{ strftime_now('%Y') }}", "{{ strftime_now(1) }}", "{{ strftime_now( '%Q' ) }}"),
-        *("{{ messages | tojson(indent=-1) }}", "{{ 9999999 ** 9 }}", "{% set a = a %}", "{{ caller() }}", "{% macro f() %}"),
+        *(
+            "{{ raise_exception('no') }}",
+            "{{ strftime_now('%Y') }}",
+            "{{ strftime_now(1) }}",
+            "{{ strftime_now( '%Q' ) }}",
+        ),
+        *(
+            "{{ messages | tojson(indent=-1) }}",
+            "{{ 9999999 ** 9 }}",
+            "{% set a = a %}",
+            "{{ caller() }}",
+            "{% macro f() %}",
+        ),
         *("{{ f() }}", "{% endmacro %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages.pop() }}"),
         *("{% generation %}", "{% endgeneration %}", "{{ '%s' % (1, 2) }}", "{{ messages[0]['role']['x'] }}"),
-        *("{{ [1] | sum(start='a') }}", "{{ 'a' | int(base=99) }}", "{{ messages | sort(attribute='x') }}", "{{ loop.index }}"),
-        *("{{ '{0.x}'.format(1) }}", "{{ '{' | format }}", "{{ 'a'.encode('x') }}", "{{ namespace(1) }}", "{% break %}"),
+        *(
+            "{{ [1] | sum(start='a') }}",
+            "{{ 'a' | int(base=99) }}",
+            "{{ messages | sort(attribute='x') }}",
+            "{{ loop.index }}",
+        ),
+        *(
+            "{{ '{0.x}'.format(1) }}",
+            "{{ '{' | format }}",
+            "{{ 'a'.encode('x') }}",
+            "{{ namespace(1) }}",
+            "{% break %}",
+        ),
     ),
     "text": (
-        *('"', '""', "'", ",", ";", "\t", "\n", "\r\n", "\r", "\n\n", "\\", "<|endoftext|>", "\n<|endoftext|>\n", "\x00"),
-        *("\ufeff", "\u2028", "{", "}", "[", "]", "[[[[", "null", "NaN", "-Infinity", "1e999", "9" * 5000, "\\ud800", '{"a":'),
+        *(
+            '"',
+            '""',
+            "'",
+            ",",
+            ";",
+            "\t",
+            "\n",
+            "\r\n",
+            "\r",
+            "\n\n",
+            "\\",
+            "<|endoftext|>",
+            "\n<|endoftext|>\n",
+            "\x00",
+        ),
+        *(
+            "\ufeff",
+            "\u2028",
+            "{",
+            "}",
+            "[",
+            "]",
+            "[[[[",
+            "null",
+            "NaN",
+            "-Infinity",
+            "1e999",
+            "9" * 5000,
+            "\\ud800",
+            '{"a":',
+        ),
         *('{"a":' * 3000, "[" * 3000, "true", ":", '"\\'),
     ),
 }
 """Words that are put into text, by its kind."""
 
-TEXT_KINDS = {"yaml": "yaml", "yml": "yaml", "jinja": "jinja", "json": "text", "jsonl": "text", "csv": "text", "txt": "text"}
+TEXT_KINDS = {
+    "yaml": "yaml",
+    "yml": "yaml",
+    "jinja": "jinja",
+    "json": "text",
+    "jsonl": "text",
+    "csv": "text",
+    "txt": "text",
+}
 
 
 def mutated(name: str, content: bytes, random: Random) -> bytes:

@@ -51,7 +51,9 @@ class Reader:
 
 def files_of(folder: Path) -> Files:
     """A folder's files by their names below it."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def write_files(files: Files, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Odd rows, built by hypothesis: what a JSON file may hold where a conversation, a text or ids are expected.
 
-    for files in row_files(seed=7):
-        files["rows.jsonl"]
+for files in row_files(seed=7):
+    files["rows.jsonl"]
 """
 
 import json
@@ -15,15 +15,37 @@ from tests.fuzz.mutations import FLOATS, INTEGERS
 from tests.fuzz.reader import BATCH, Files
 
 _TEXTS = st.one_of(
-    st.sampled_from(("", " ", "hi", "a\nb", "<|im_end|>", "<|im_start|>", "<think>", "</think>a", 'xq70"7qx', "\x00", "\ud800")),
-    st.sampled_from(("{", "[]", "[{}]", '{"name": "f"}', '[{"role": "user", "content": "a"}]', "\ufeff", "\x1b[31m", "🙂", "a" * 500)),
+    st.sampled_from(
+        ("", " ", "hi", "a\nb", "<|im_end|>", "<|im_start|>", "<think>", "</think>a", 'xq70"7qx', "\x00", "\ud800")
+    ),
+    st.sampled_from(
+        (
+            "{",
+            "[]",
+            "[{}]",
+            '{"name": "f"}',
+            '[{"role": "user", "content": "a"}]',
+            "\ufeff",
+            "\x1b[31m",
+            "🙂",
+            "a" * 500,
+        )
+    ),
     st.text(alphabet=st.characters(codec=None), max_size=12),
 )
 _SCALARS = st.one_of(
-    st.none(), st.booleans(), st.sampled_from(INTEGERS), st.sampled_from(FLOATS), st.just(10**30), _TEXTS, st.integers(-5, 300)
+    st.none(),
+    st.booleans(),
+    st.sampled_from(INTEGERS),
+    st.sampled_from(FLOATS),
+    st.just(10**30),
+    _TEXTS,
+    st.integers(-5, 300),
 )
 _ANY = st.recursive(
-    _SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(_TEXTS, inner, max_size=4)), max_leaves=8
+    _SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(_TEXTS, inner, max_size=4)),
+    max_leaves=8,
 )
 
 
@@ -34,9 +56,12 @@ def _or_any(usual: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 _ROLES = _or_any(st.sampled_from(("user", "assistant", "system", "tool", "developer", "human", "gpt", "function_call")))
 _CALL = st.fixed_dictionaries(
-    {"function": _or_any(st.fixed_dictionaries({"name": _or_any(_TEXTS), "arguments": _ANY}))}, optional={"id": _ANY, "type": _ANY}
+    {"function": _or_any(st.fixed_dictionaries({"name": _or_any(_TEXTS), "arguments": _ANY}))},
+    optional={"id": _ANY, "type": _ANY},
 )
-_PARTS = st.lists(_or_any(st.fixed_dictionaries({"type": _or_any(st.just("text")), "text": _or_any(_TEXTS)})), max_size=3)
+_PARTS = st.lists(
+    _or_any(st.fixed_dictionaries({"type": _or_any(st.just("text")), "text": _or_any(_TEXTS)})), max_size=3
+)
 _MESSAGE = st.fixed_dictionaries(
     {"role": _ROLES, "content": _or_any(st.one_of(_TEXTS, _PARTS))},
     optional={
@@ -51,7 +76,11 @@ _MESSAGE = st.fixed_dictionaries(
 )
 _TURN = st.fixed_dictionaries({"from": _ROLES, "value": _or_any(_TEXTS)}, optional={"train": _ANY, "tool_calls": _ANY})
 _TOOLS = st.one_of(
-    _ANY, st.lists(_or_any(st.fixed_dictionaries({"name": _or_any(_TEXTS), "parameters": _ANY}, optional={"function": _ANY})), max_size=2)
+    _ANY,
+    st.lists(
+        _or_any(st.fixed_dictionaries({"name": _or_any(_TEXTS), "parameters": _ANY}, optional={"function": _ANY})),
+        max_size=2,
+    ),
 )
 _ASIDE = {"system": _or_any(_TEXTS), "tools": _TOOLS}
 _IDS = _or_any(st.lists(_or_any(st.integers(0, 300)), max_size=6))
@@ -83,7 +112,13 @@ def row_lists(number: int) -> list[list[Any]]:
     made: list[list[Any]] = []
 
     @seed(number)
-    @settings(max_examples=BATCH, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=BATCH,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(_FILES)
     def collect(rows: list[Any]) -> None:
         made.append(rows)

@@ -12,13 +12,13 @@ from config.effects import effect_of
 from config.loader import to_dict
 from config.recipe import load_recipe
 from config.schema import ModelConfig, OutputConfig
+from src.accounting import Tally
 from src.cache import COMPLETE, ShardWriter, _is_complete, read_account
 from src.callbacks import MetricsFile
 from src.chat import ChatTemplate
 from src.model import load_model, load_settings, load_tokenizer
 from src.run import open_run
 from src.streaming import Mark, Place, StreamFeed
-from src.accounting import Tally
 from tests.fuzz.checkpoints import GPT2, LLAMA, QWEN, WEIGHTS
 from tests.fuzz.reader import Reader
 from tests.toy_tokenizer import toy_tokenizer
@@ -115,10 +115,10 @@ def load_base(folder: Path) -> None:
 
 
 READERS = (
-    Reader("resume", functools.partial(_run, recorded=True), resume, 60, WEIGHTS),
-    Reader("resume without record", functools.partial(_run, recorded=False), resume, 20, WEIGHTS),
+    Reader("resume", functools.partial(_run, recorded=True), resume, 20, WEIGHTS),
+    Reader("resume without record", functools.partial(_run, recorded=False), resume, 8, WEIGHTS),
     Reader("stream.json", _stream, load_stream, 60),
     Reader("token cache", _cache, read_cache, 60),
-    Reader("base checkpoint", _bases, load_base, 15, ("model.safetensors",)),
-    Reader("base weights", _bases, load_base, 4),
+    Reader("base checkpoint", _bases, load_base, 4, ("model.safetensors",)),
+    Reader("base weights", _bases, load_base, 2),
 )
