@@ -22,6 +22,7 @@ from src.formats import Conversation
 from src.refusal import Kind, Refusal, RowRefusedError
 from utils.errors import UserError
 from utils.logging import get_logger
+from utils.time_limit import time_limit
 
 log = get_logger(__name__)
 
@@ -32,6 +33,9 @@ CLOCK_PROBES = (datetime(2001, 2, 3, 4, 5, 6), datetime(2020, 12, 25, 16, 17, 18
 """Moments that differ in each part of a date and a time."""
 
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+PROBE_S = 10
+"""Seconds that a template may take for what others write in a millisecond."""
 
 RENDER_ERRORS = (
     TemplateError,
@@ -102,6 +106,21 @@ class ChatTemplate:
         return template
 
     def _check_syntax(self) -> None:
+        """Let the template write a question of one letter, without and with a tool.
+
+        Raises:
+            UserError: it is no Jinja, or does not come to an end.
+        """
+        try:
+            with time_limit(PROBE_S):
+                self._probe()
+        except TimeoutError as error:
+            raise UserError(
+                f"the chat template takes more than {PROBE_S} s to write a question of one letter, so it has a loop that "
+                "does not end; mend it where it stands (model.chat_template names a file, or the tokenizer has it)"
+            ) from error
+
+    def _probe(self) -> None:
         tool = {"type": "function", "function": {"name": "probe", "parameters": {"type": "object", "properties": {}}}}
         for tools in ((), (tool,)):
             error = self._complaint(Conversation(({"role": "user", "content": "x"},), "probe", tools=tools))
