@@ -85,7 +85,7 @@ def test_a_recipe_that_is_odd_yaml_is_refused(text, message, tmp_path):
     [
         (["--data.train.²", "x"], "is no option"),
         (["--data.train.²path", "x"], "is no option"),
-        (["--data.train." + "9" * 5000 + ".path", "x"], "is no option"),
+        (["--data.train." + "9" * 30 + ".path", "x"], "is no option"),
         (["--adapter.rank", "9" * 9000], "--adapter.rank was given 999.*; it takes a whole number"),
         (["--model.architecture.a", "[" * 3000], "is no YAML"),
     ],
@@ -257,7 +257,11 @@ def test_an_odd_template_or_token_of_a_tokenizer_is_no_crash_on_the_way_to_gguf(
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.eye(3).to_sparse(), torch.empty(3, device="meta"), torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)],
+    [
+        torch.eye(3).to_sparse(),
+        torch.empty(3, device="meta"),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    ],
 )
 def test_tensors_that_are_not_plain_numbers_are_refused(tensor, tmp_path):
     meta_reference.write(tmp_path / "meta", "2")

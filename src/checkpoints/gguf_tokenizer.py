@@ -9,6 +9,7 @@ Source: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from src.checkpoints.checkpoint import Checkpoint, MadeTokenizer, TokenizerFiles
@@ -90,7 +91,7 @@ class _Parts:
             beside = {file.name: file for file in tokenizer.paths}
             config, jinja = beside.get("tokenizer_config.json"), beside.get("chat_template.jinja")
             settings = read_json_object(config) if config else {}
-            template = jinja.read_text(encoding="utf-8") if jinja else settings.get("chat_template")
+            template = _read_template(jinja) if jinja else settings.get("chat_template")
         if not isinstance(template, str | None):
             try:
                 templates = {each["name"]: each["template"] for each in template}
@@ -134,6 +135,13 @@ class _Parts:
                     f"{self.name}: the token {token['content']!r} sets {', '.join(odd)}, which gguf cannot hold; "
                     "choose another --to"
                 )
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def _of_bytes(parts: _Parts) -> dict[str, Any]:

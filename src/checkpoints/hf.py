@@ -297,7 +297,9 @@ def tokenization(folder: Path) -> Callable[[str], list[int]]:
     @functools.cache
     def tokenizer() -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            made("a", verbose=False)  # what the files say is put to use
+            return made
         except Exception as error:  # the files' values reach code that expects others
             raise UserError(
                 f"no tokenizer could be loaded from {folder}: {in_one_line(error)}; mend its files"

@@ -13,7 +13,7 @@ from typing import Any
 from src.checkpoints.architecture import LlamaArchitecture
 from src.checkpoints.json_files import read_json_object
 from src.checkpoints.meta_releases import Release
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 _COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of")
 _NUMBERS = ("norm_eps", "rope_theta", "ffn_dim_multiplier", "vocab_size")
@@ -48,7 +48,7 @@ def read_params(file: Path) -> Params:
     given = {name: value for name, value in content.items() if value is not None and name not in _WITHOUT_EFFECT}
     known = {field.name for field in dataclasses.fields(Params)}
     if unknown := sorted(given.keys() - known):
-        raise UserError(f"{file} sets {unknown}, which no Llama 1 to 3.2 of text alone has; give one of those")
+        raise UserError(f"{file} sets {some(unknown)}, which no Llama 1 to 3.2 of text alone has; give one of those")
     heads = given.get("n_heads")
     given = {"n_kv_heads": heads, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1} | given
     given = {"rope_theta": None, "ffn_dim_multiplier": None, "use_scaled_rope": False} | given
