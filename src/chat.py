@@ -116,8 +116,8 @@ class ChatTemplate:
                 self._probe()
         except TimeoutError as error:
             raise UserError(
-                f"the chat template takes more than {PROBE_S} s to write a question of one letter, so it has a loop that "
-                "does not end; mend it where it stands (model.chat_template names a file, or the tokenizer has it)"
+                f"the chat template takes more than {PROBE_S} s to write a question of one letter, so it has a loop "
+                "that does not end; mend it where it stands (model.chat_template names a file, or the tokenizer has it)"
             ) from error
 
     def _probe(self) -> None:

@@ -230,8 +230,8 @@ def row_converter(found: SourceRows, name: str = "auto") -> RowConverter:
     turns = _turns_columns(found, "role" if name == "messages" else "from")
     if len(turns) > 1:
         raise UserError(
-            f"{found.path} has {name} in two columns, {' and '.join(turns)} (columns {shown_names(found.columns)}); say "
-            f"which is meant: with {found.name}.columns, `messages: conversations` takes the second one"
+            f"{found.path} has {name} in two columns, {' and '.join(turns)} (columns {shown_names(found.columns)}); "
+            f"say which is meant: with {found.name}.columns, `messages: conversations` takes the second one"
         )
     return RowConverter(name, turns[0], found.roles)
 

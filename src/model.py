@@ -5,6 +5,7 @@ settings = load_settings(config.model, tokenizer)
 model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.kind == "none")
 """
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,7 @@ def _check_local(source: str, field: str, needed: str) -> None:
             _check_json(folder / name, field)
     if needed == "config.json":
         _check_weights(folder)
+    _check_layers(folder, field)
 
 
 def _check_json(path: Path, field: str) -> None:
@@ -277,14 +279,22 @@ def _check_weights(folder: Path) -> None:
                 f"model.path={folder} is incomplete: {len(absent)} of {len(shards)} weight files that its index names "
                 f"are missing ({', '.join(absent[:3])}); fetch it again"
             )
-    tensors = 0
     for path in sorted(folder.glob("model*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as content:
-                tensors += len(content.keys())
+            with safe_open(path, framework="pt"):
+                pass
         except SafetensorError as error:
             raise UserError(
                 f"model.path={folder} is incomplete: {path.name} is damaged or cut short ({error}); fetch it again"
             ) from error
-    if tensors:
-        check_config_layers(f"model.path={folder}: config.json", read_json_object(folder / "config.json"), tensors)
+
+
+def _check_layers(folder: Path, field: str) -> None:
+    """Make sure that config.json claims no more layers than the weights have tensors, where they are there and whole:
+    transformers reads it for the tokenizer too, and some families make a list of the layers then."""
+    tensors = 0
+    for path in folder.glob("model*.safetensors"):
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as content:
+            tensors += len(content.keys())
+    if tensors and (folder / "config.json").is_file():
+        check_config_layers(f"{field}={folder}: config.json", read_json_object(folder / "config.json"), tensors)

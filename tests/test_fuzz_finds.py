@@ -193,7 +193,7 @@ def test_a_header_that_claims_millions_of_layers_is_refused_at_once(tmp_path):
     refused(lambda: llama2c.read(model, ReadOptions(tokenizer)), "too few for the 16777215 layers of its header")
 
 
-def test_settings_that_claim_more_layers_than_tensors_are_refused_at_once(small, tmp_path):
+def test_settings_that_claim_more_layers_than_tensors_are_refused_at_once(small, tmp_path):  # noqa: F811
     content = torch.load(small, weights_only=True)
     content["model_args"]["n_layer"] = 2**40
     torch.save(content, small)

@@ -78,8 +78,12 @@ def damage(folder: Path) -> str | None:
 
 
 def _wrong_size(path: Path, name: str, size: int) -> str | None:
-    if not path.is_file():
-        return f"{name} is missing"
+    try:
+        there = path.is_file()
+    except OSError as error:
+        return f"{name[:100]} cannot be read ({error.strerror})"
+    if not there:
+        return f"{name[:100]} is missing"
     if (found := path.stat().st_size) != size:
         return f"{name} has {found:,} bytes, and {size:,} were written"
     return None

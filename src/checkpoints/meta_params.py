@@ -16,6 +16,7 @@ from src.checkpoints.meta_releases import Release
 from utils.errors import UserError, some
 
 _COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of")
+LARGEST = 1e30  # of its numbers; Llama 3.1's rope_theta, the largest known, is 500,000
 _NUMBERS = ("norm_eps", "rope_theta", "ffn_dim_multiplier", "vocab_size")
 # Limits of a run of Meta's code, which say nothing of the model.
 _WITHOUT_EFFECT = ("max_seq_len", "max_batch_size", "model_parallel_size")
@@ -58,6 +59,8 @@ def read_params(file: Path) -> Params:
     for name in _NUMBERS:
         if given[name] is not None and (isinstance(given[name], bool) or not isinstance(given[name], int | float)):
             raise UserError(f"{file}: {name}={given[name]} is no number; fetch the file again")
+        if given[name] is not None and not abs(given[name]) < LARGEST:
+            raise UserError(f"{file}: {name}={str(given[name])[:40]} is no finite number; fetch the file again")
     params = Params(**given)
     if params.dim % (2 * params.n_heads) or params.n_heads % params.n_kv_heads:
         raise UserError(

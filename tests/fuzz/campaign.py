@@ -180,7 +180,7 @@ def _limit_memory() -> None:
 
 
 def _read(reader: Reader, folder: Path) -> tuple[str | None, str, str, float, float, bool]:
-    """What is wrong with how an input was read, where, what was said, its seconds and MiB, and whether it was refused."""
+    """What is wrong with how an input was read, where, what was said, seconds, MiB, and whether it was refused."""
     what, where, said, refused = None, "", "", False
     before = _resident_mib(peak=False)
     Path("/proc/self/clear_refs").write_text("5")

@@ -27,7 +27,7 @@ RECIPES = (
 
 
 def _recipes(folder: Path) -> None:
-    """Recipes of this project as YAML: one as it stands, others with the fields that they name, one with every field."""
+    """Recipes of this project as YAML: one as it stands, others with the fields that they name, two with every one."""
     defaults = to_tree(RunConfig())
     for name in RECIPES:
         path, place = Path("config") / name, folder / name

@@ -237,8 +237,8 @@ def _row_tables(number: int) -> Iterator[dict[str, bytes]]:
 
 READERS = (
     Reader("jsonl", _seeds(_lines), read_rows, 200, makes=row_files),
-    Reader("json array", _seeds(_array), read_rows, 80),
-    Reader("csv", _seeds(_csv, ("alpaca", "question", "text")), read_rows, 80),
+    Reader("json array", _seeds(_array), read_rows, 120),
+    Reader("csv", _seeds(_csv, ("alpaca", "question", "text")), read_rows, 120),
     Reader("txt", _seeds(_txt), read_rows, 30),
     Reader("jsonl.gz", _seeds(_gz), read_rows, 60),
     Reader("jsonl.zst", _seeds(_zst), read_rows, 60),
