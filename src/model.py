@@ -7,6 +7,7 @@ model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.
 
 import contextlib
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from src.generation import set_stops
 from src.quantization import finish_base, loading_options
 from src.tokenizer_check import check_ids, check_saved
 from utils.distributed import accelerator_name
-from utils.errors import UserError, in_one_line
+from utils.errors import UserError, in_one_line, some
 from utils.json_text import parse_json
 from utils.logging import get_logger
 
@@ -273,11 +274,11 @@ def _check_weights(folder: Path) -> None:
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise UserError(f"model.path={folder}: {index.name} has no weight_map of file names; fetch it again")
         shards = set(places.values())
-        absent = sorted(name for name in shards if not (folder / name).is_file())
+        absent = sorted(name for name in shards if not os.path.isfile(folder / name))  # is_file() raises at a long name
         if absent:
             raise UserError(
                 f"model.path={folder} is incomplete: {len(absent)} of {len(shards)} weight files that its index names "
-                f"are missing ({', '.join(absent[:3])}); fetch it again"
+                f"are missing ({some(absent, 3)}); fetch it again"
             )
     for path in sorted(folder.glob("model*.safetensors")):
         try:

@@ -10,6 +10,7 @@ its config.json has it, for another Hugging Face folder.
 
 import errno
 import functools
+import os
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -44,7 +45,7 @@ from src.checkpoints.evaluation import evaluation
 from src.checkpoints.hf_tokenizer import made_tokenizer
 from src.checkpoints.json_files import read_json_object
 from src.checkpoints.pickles import pickled_tensors
-from utils.errors import UserError, in_one_line
+from utils.errors import UserError, in_one_line, some
 from utils.files import write_json, write_text
 from utils.logging import get_logger
 
@@ -151,8 +152,8 @@ def _read_tensors(path: Path) -> tuple[list[Path], dict[str, LazyTensor]]:
             files = [path / whole]
         else:
             continue
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{path} lacks {missing}; give a folder with all of its weight files")
+        if missing := [file.name for file in files if not os.path.isfile(file)]:  # is_file() raises at a long name
+            raise UserError(f"{path} lacks {some(missing)}; give a folder with all of its weight files")
         tensors: dict[str, LazyTensor] = {}
         for file in files:
             found = read_file(file)
