@@ -56,7 +56,7 @@ class YamlLoader(yaml.SafeLoader):
         root = super().get_single_node()
         sizes: dict[int, int] = {}
         if root is not None and _size(root, sizes, set()) > MOST_NODES:
-            problem = f"aliases make this more than {MOST_NODES:,} values; write them out"
+            problem = f"with its aliases written out, this holds more than {MOST_NODES:,} values; shorten it"
             raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
         return root
 
