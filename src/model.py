@@ -291,11 +291,14 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_layers(folder: Path, field: str) -> None:
-    """Make sure that config.json claims no more layers than the weights have tensors, where they are there and whole:
-    transformers reads it for the tokenizer too, and some families make a list of the layers then."""
-    tensors = 0
-    for path in folder.glob("model*.safetensors"):
-        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as content:
-            tensors += len(content.keys())
+    """Make sure that config.json claims no more layers than there are tensors, by the index or the file of weights, if
+    there is one: transformers reads it for the tokenizer too, and some families make a list of the layers then."""
+    tensors, index, whole = 0, folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        places = read_json_object(index).get("weight_map")
+        tensors = len(places) if isinstance(places, dict) else 0
+    elif whole.is_file():
+        with contextlib.suppress(SafetensorError), safe_open(whole, framework="pt") as content:
+            tensors = len(content.keys())
     if tensors and (folder / "config.json").is_file():
         check_config_layers(f"{field}={folder}: config.json", read_json_object(folder / "config.json"), tensors)
