@@ -206,6 +206,17 @@ def test_settings_that_claim_more_layers_than_tensors_are_refused_at_once(small,
     refused(lambda: meta.read(tmp_path / "meta", ReadOptions(meta_version="2")), f"n_layers={2**40}, but")
 
 
+@pytest.mark.parametrize("odd", ["\ud800", None, float("nan"), 10**400, True])
+def test_odd_numbers_among_the_settings_of_a_training_are_refused(odd, small, tmp_path):  # noqa: F811
+    content = torch.load(small, weights_only=True)
+    content["model_args"]["dropout"] = odd
+    torch.save(content, small)
+    refused(lambda: nanogpt.read(small, ReadOptions()), r"model_args\['dropout'\]")
+    model, tokenizer = made_up(tmp_path, tied=True)
+    save_training(tmp_path / "llama.pt", *llama2c_reference.read_legacy(model), hidden_dim=24, norm_eps=odd)
+    refused(lambda: llama2c_training.read(tmp_path / "llama.pt", ReadOptions(tokenizer)), r"model_args\['norm_eps'\]")
+
+
 def with_settings(folder, **changes):
     """A checkpoint whose config.json has other settings."""
     write_checkpoint(folder)

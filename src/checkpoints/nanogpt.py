@@ -27,7 +27,7 @@ from src.checkpoints.characters import Characters, read_characters
 from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, ReadOptions, TokenizerFiles
 from src.checkpoints.hf import backend_of, id_count, tokenization, tokenizer_files
 from src.checkpoints.nanogpt_evaluation import NORM_EPS, TRANSPOSED, NanoGPT
-from src.checkpoints.pickles import check_shapes, has_settings, read_training, whole_number
+from src.checkpoints.pickles import check_shapes, finite_number, has_settings, read_training, whole_number
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -74,7 +74,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     model = NanoGPT(counts["n_layer"], counts["n_head"], activation == "gelu", tensors)
     return Checkpoint(
         inputs=(path, *vocabulary.files),
-        architecture=_architecture(counts, settings, activation, tied),
+        architecture=_architecture(path, counts, settings, activation, tied),
         tensors=_hugging_face(tensors, _shapes(counts, True), tied),
         tokenizer=vocabulary.tokenizer,
         generation=vocabulary.generation,
@@ -135,8 +135,10 @@ def _hugging_face(
     return {name: converted(name) for name in shapes if not (tied and name == _HEAD)}
 
 
-def _architecture(counts: dict[str, int], settings: dict[str, Any], activation: str, tied: bool) -> OtherArchitecture:
-    dropout = float(settings.get("dropout", 0.0))
+def _architecture(
+    path: Path, counts: dict[str, int], settings: dict[str, Any], activation: str, tied: bool
+) -> OtherArchitecture:
+    dropout = finite_number(path, settings, "dropout", 0.0)
     described = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],

@@ -13,6 +13,9 @@ import torch
 
 from utils.errors import UserError, in_one_line
 
+LARGEST = 1e30
+"""Of the numbers among settings, such as a dropout or an epsilon."""
+
 
 def read_saved(path: Path) -> dict[str, Any]:
     """The dictionary that `torch.save` wrote; tensors are mapped, so memory holds what is touched of them.
@@ -136,6 +139,18 @@ def whole_number(path: Path, settings: dict[str, Any], name: str) -> int:
     if type(value) is not int or value < 1:
         raise UserError(f"{path}: model_args[{name!r}]={value!r} is no positive integer; mend the checkpoint")
     return value
+
+
+def finite_number(path: Path, settings: dict[str, Any], name: str, default: float) -> float:
+    """A number among `model_args`, or the default where there is none.
+
+    Raises:
+        UserError: it is something else, or not finite.
+    """
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise UserError(f"{path}: model_args[{name!r}]={str(value)[:40]!r} is no finite number; mend the checkpoint")
+    return float(value)
 
 
 def check_shapes(path: Path, tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
