@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: train test lint clean
+.PHONY: train test fuzz lint clean
 
 train: $(VENV)/.base
 	$(BIN)/accelerate launch train.py --config config/smol.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+# About 7 minutes of one core for 100,000; another SEED makes others. What is found stays in finds/.
+INPUTS ?= 100000
+SEED ?= 0
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED) --keep finds
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -28,6 +34,10 @@ $(VENV)/.base: requirements/base.txt | $(BIN)/python
 
 $(VENV)/.dev: requirements/dev.txt requirements/convert.txt $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -r requirements/fuzz.txt
 	@touch $@
 
 clean:

@@ -18,9 +18,12 @@ import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from config.constraints import ConfigError
-from config.recipe import YamlLoader, inline_yaml
+from config.recipe import inline_yaml, read_yaml
 from config.schema import RunConfig, SourceConfig
-from config.validation import HELP_HINT, describe, did_you_mean, field_type, kind_of, to_config, to_tree
+from config.validation import HELP_HINT, describe, did_you_mean, field_type, is_index, kind_of, to_config, to_tree
+
+LONGEST_SHOWN = 200
+"""Characters of a value that a message repeats."""
 
 _Parsed = TypeVar("_Parsed")
 
@@ -53,9 +56,9 @@ def _read_yaml(text: str) -> Any:
         ValueError: it is no YAML.
     """
     try:
-        return yaml.load(text, YamlLoader)
+        return read_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{text} is no YAML") from error
+        raise ValueError(f"{text[:LONGEST_SHOWN]} is no YAML") from error
 
 
 def parse_arguments(
@@ -118,6 +121,7 @@ class _Option:
     def refusal(self) -> str:
         """The problem of a value that the field does not take."""
         name, given = "--" + ".".join(self.path), " ".join(self.values) or "nothing"
+        given = given if len(given) <= LONGEST_SHOWN else given[:LONGEST_SHOWN] + "..."
         return f"{name} was given {given}; it takes {describe(field_type(self.path))}"
 
 
@@ -228,7 +232,7 @@ def _set_fields(tree: dict[str, Any], prefix: tuple[str, ...], options: Sequence
         value: Any = parsed
         holder: Any = tree
         for part in prefix:
-            holder = holder[int(part) if part.isdigit() else part]
+            holder = holder[int(part) if is_index(part) else part]
         *parents, name = option.path[len(prefix) :]
         for part in parents:
             holder, value = holder[part], getattr(value, part)
@@ -246,7 +250,7 @@ def _set_key(tree: dict[str, Any], option: _Option) -> list[str]:
         return [option.refusal()]
     holder: Any = tree
     for part in path[:depth]:
-        holder = holder[int(part) if part.isdigit() else part]
+        holder = holder[int(part) if is_index(part) else part]
     for part in path[depth:-1]:
         holder = holder.setdefault(_spelling(holder, part), {})
         if not isinstance(holder, dict):

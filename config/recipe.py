@@ -22,6 +22,9 @@ from config.validation import did_you_mean, to_config, to_tree
 
 SUFFIXES = (".py", ".yaml", ".yml")
 
+MOST_NODES = 100_000
+"""Values of a recipe, far beyond any that a person or a program writes."""
+
 _FLOAT = re.compile(r"^(?:[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d[\d_]*([eE][-+]?\d+)?)$")
 _DEFINITION = re.compile(r"^config\b.*=", re.MULTILINE)
 _UNEXPECTED_KEYWORD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
@@ -42,6 +45,20 @@ class YamlLoader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's floats, without dates, and strict about keys."""
 
     yaml_implicit_resolvers = _resolvers(yaml.SafeLoader)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document's root.
+
+        Raises:
+            yaml.constructor.ConstructorError: with its aliases written out, the document would not end, or be of more
+                than MOST_NODES values: each alias of aliases multiplies.
+        """
+        root = super().get_single_node()
+        sizes: dict[int, int] = {}
+        if root is not None and _size(root, sizes, set()) > MOST_NODES:
+            problem = f"with its aliases written out, this holds more than {MOST_NODES:,} values; shorten it"
+            raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys each come once and have a value.
@@ -74,6 +91,21 @@ class YamlLoader(yaml.SafeLoader):
         return super().construct_sequence(node, deep=deep)
 
 
+def read_yaml(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: it is none, or holds more than a recipe can.
+    """
+    try:
+        return yaml.load(text, YamlLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("lists and mappings are nested too deeply") from error
+    # A tag, as !!int has it, asks for values that the text need not have; so do escapes of characters.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise yaml.YAMLError(f"a value is not what its tag or form says: {error}") from error
+
+
 class YamlDumper(yaml.SafeDumper):
     """PyYAML's safe dumper that quotes text which `YamlLoader` would read as a number."""
 
@@ -82,6 +114,24 @@ class YamlDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         """True: a value that stands in two places is written twice."""
         return True
+
+
+def _size(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
+    """Values below a node, each alias counted as what it stands for; `sizes` are those that are known, by id.
+
+    Raises:
+        yaml.constructor.ConstructorError: the node holds itself.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise yaml.constructor.ConstructorError(None, None, "an alias stands within its own anchor", node.start_mark)
+    if id(node) not in sizes:
+        above.add(id(node))
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_size(part, sizes, above) for part in parts)
+        above.remove(id(node))
+    return sizes[id(node)]
 
 
 def _is_nothing(node: yaml.Node) -> bool:
@@ -164,7 +214,7 @@ def _keyword_hint(error: BaseException) -> str:
 
 def _yaml_tree(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text("utf-8"), YamlLoader)
+        tree = read_yaml(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"

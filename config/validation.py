@@ -188,6 +188,11 @@ def describe(annotation: Any) -> str:
     return ", or ".join(describe(option) for option in _options(annotation))
 
 
+def is_index(part: str) -> bool:
+    """Whether a part of a dotted name counts items of a list: `²` is a digit to Python too, and no number."""
+    return part.isascii() and part.isdigit() and len(part) < 10
+
+
 def field_type(path: Sequence[str]) -> Any:
     """The annotation at a dotted path of the schema, through list indices and dict keys; None where there is none."""
     annotation: Any = RunConfig
@@ -195,7 +200,7 @@ def field_type(path: Sequence[str]) -> Any:
         origin, arguments = get_origin(annotation), get_args(annotation)
         if dataclasses.is_dataclass(annotation):
             annotation = typing.get_type_hints(annotation).get(part)
-        elif origin is tuple and part.isdigit():
+        elif origin is tuple and is_index(part):
             annotation = arguments[0]
         elif origin is dict:
             annotation = arguments[1]

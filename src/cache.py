@@ -35,6 +35,7 @@ from config.schema import DataConfig
 from src.sources import SourceRows
 from src.tokenization import IGNORED, TokenRow
 from utils.files import sha256_of_file, sync, write_json
+from utils.json_text import parse_json
 from utils.locks import Lock
 from utils.logging import get_logger
 
@@ -213,8 +214,10 @@ def _is_complete(folder: Path) -> bool:
 def _shards(folder: Path) -> list[Path] | None:
     """The shards of prepared rows; None where not all were written."""
     try:
-        names = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
-    except FileNotFoundError:
+        names = parse_json((folder / COMPLETE).read_text(encoding="utf-8"))["shards"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     return [folder / name for name in names]
 
@@ -284,10 +287,12 @@ class ShardWriter:
 def read_account(shard: Path) -> dict[str, Any] | None:
     """What a shard's `account.json` says; None where it is missing, or a file is not as long as then."""
     try:
-        account = json.loads((shard / ACCOUNT).read_text(encoding="utf-8"))
-        whole = all((shard / name).stat().st_size == size for name, size in account["bytes"].items())
+        account = parse_json((shard / ACCOUNT).read_text(encoding="utf-8"))
+        whole = type(account["rows_read"]) is int and all(
+            (shard / name).stat().st_size == size for name, size in account["bytes"].items()
+        )
         whole = whole and account["sha256"].keys() == account["bytes"].keys()
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return account if whole else None
 

@@ -21,6 +21,7 @@ from src.evaluation import answer_conversations, can_answer
 from src.formats import Conversation
 from utils.checkpointing import writing_to
 from utils.files import write_text
+from utils.json_text import parse_json
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -137,11 +138,13 @@ def cut_lines(path: Path, is_past: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _read(line: str) -> dict[str, Any] | None:
-    """A line of JSON; None for one that is none."""
+    """A line of JSON with a step; None for one that is none."""
     try:
-        return json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
+    has_step = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if has_step else None
 
 
 class Answers(TrainerCallback):

@@ -22,6 +22,7 @@ from src.formats import Conversation
 from src.refusal import Kind, Refusal, RowRefusedError
 from utils.errors import UserError
 from utils.logging import get_logger
+from utils.time_limit import time_limit
 
 log = get_logger(__name__)
 
@@ -32,6 +33,21 @@ CLOCK_PROBES = (datetime(2001, 2, 3, 4, 5, 6), datetime(2020, 12, 25, 16, 17, 18
 """Moments that differ in each part of a date and a time."""
 
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+PROBE_S = 10
+"""Seconds that a template may take for what others write in a millisecond."""
+
+RENDER_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template's own calculations raise, beside what it says itself: it may divide by 0 or ask for a key."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,21 @@ class ChatTemplate:
         return template
 
     def _check_syntax(self) -> None:
+        """Let the template write a question of one letter, without and with a tool.
+
+        Raises:
+            UserError: it is no Jinja, or does not come to an end.
+        """
+        try:
+            with time_limit(PROBE_S):
+                self._probe()
+        except TimeoutError as error:
+            raise UserError(
+                f"the chat template takes more than {PROBE_S} s to write a question of one letter, so it has a loop "
+                "that does not end; mend it where it stands (model.chat_template names a file, or the tokenizer has it)"
+            ) from error
+
+    def _probe(self) -> None:
         tool = {"type": "function", "function": {"name": "probe", "parameters": {"type": "object", "properties": {}}}}
         for tools in ((), (tool,)):
             error = self._complaint(Conversation(({"role": "user", "content": "x"},), "probe", tools=tools))
@@ -141,7 +172,7 @@ class ChatTemplate:
         plain = [conversation for conversation in conversations if not conversation.tools]
         try:
             texts = iter(self._apply(plain, generation_prompt))
-        except (TemplateError, TypeError, ValueError):
+        except RENDER_ERRORS:
             texts = (self._render_one(conversation, generation_prompt) for conversation in plain)
         return [
             self._render_one(conversation, generation_prompt) if conversation.tools else next(texts)
@@ -151,12 +182,15 @@ class ChatTemplate:
     def _apply(self, conversations: Sequence[Conversation], generation_prompt: bool) -> list[str]:
         if not conversations:
             return []
-        return self.tokenizer.apply_chat_template(
+        texts = self.tokenizer.apply_chat_template(
             [list(conversation.messages) for conversation in conversations],
             tokenize=False,
             add_generation_prompt=generation_prompt,
             **self.variables(conversations[0]),
         )
+        for text in texts:
+            text.encode()  # raises at half of a surrogate pair, which a template can write and no tokenizer takes
+        return texts
 
     def variables(self, conversation: Conversation) -> dict[str, object]:
         """What the template is given beside the messages, and its text, as arguments of `apply_chat_template`."""
@@ -178,7 +212,7 @@ class ChatTemplate:
         """The template's output, or the error with which it refuses the conversation."""
         try:
             return self._apply([conversation], generation_prompt)[0]
-        except (TemplateError, TypeError, ValueError) as error:
+        except RENDER_ERRORS as error:
             return error
 
     def _kind_of(self, error: Exception, conversation: Conversation) -> Kind:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from src.tables import arrow_rows, parquet_rows
 from utils.errors import UserError
+from utils.json_text import parse_json
 
 COMPRESSIONS = (".gz", ".zst")
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow")
@@ -173,6 +174,13 @@ def shorten(text: str, limit: int = 60) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "...")
 
 
+def shown_names(names: Iterable[str]) -> str:
+    """Names of columns for a message, the first ones where there are many."""
+    found = list(names)
+    cut = [name if len(name) <= 60 else name[:60] + "..." for name in found[:30]]
+    return ", ".join(cut) + (f" and {len(found) - 30} more" if len(found) > 30 else "")
+
+
 def _text_of(file: BinaryIO) -> io.TextIOWrapper:
     """A file's characters, with line ends as they are."""
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -208,10 +216,10 @@ def _line_rows(lines: Iterable[bytes], shown: str) -> Iterator[Row]:
         if text.isspace():
             continue
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise UserError(
-                f"{shown} is not JSON at line {number}: {error.msg} in {shorten(text)}; "
+                f"{shown} is not JSON at line {number}: {getattr(error, 'msg', error)} in {shorten(text)}; "
                 "a file holds an array of objects, or an object a line"
             ) from error
         if not isinstance(values, dict):
@@ -259,6 +267,8 @@ class _Window:
                 if not (cut and self.more()):
                     self.refuse(error.msg, self.at + distance if cut else error.pos)
                 continue
+            except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nested too deeply
+                self.refuse(str(error), self.at)
             self.at = end
             return value
 
@@ -300,7 +310,7 @@ def _csv_rows(file: BinaryIO, shown: str) -> Iterator[Row]:
     try:
         header = next(lines, [])
         if len(set(header)) < len(header):
-            raise UserError(f"{shown} names a column twice: {', '.join(header)}; rename one of them")
+            raise UserError(f"{shown} names a column twice: {shown_names(header)}; rename one of them")
         number = 0
         for values in lines:
             if not values:

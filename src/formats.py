@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from src.files import shown_names
 from src.messages import checked_message, parsed, sharegpt_message, tool_schemas
 from src.refusal import Refusal
 from src.sources import Row, SourceRows
@@ -164,7 +165,7 @@ def detect_format(found: SourceRows) -> str:
     Raises:
         UserError: no format fits, more than one does, or the columns are those of preference data.
     """
-    columns = ", ".join(found.columns)
+    columns = shown_names(found.columns)
     if {"chosen", "rejected"} <= set(found.columns) or isinstance(_first_value(found, "label"), bool):
         raise UserError(
             f"{found.path} holds preferences (columns {columns}), good and bad answers, which supervised training "
@@ -221,7 +222,7 @@ def row_converter(found: SourceRows, name: str = "auto") -> RowConverter:
     name = detect_format(found) if name == "auto" else name
     if not _fits(found, name):
         raise UserError(
-            f"{found.name}.format={name} expects {EXPECTED[name]}; {found.path} has {', '.join(found.columns)}. "
+            f"{found.name}.format={name} expects {EXPECTED[name]}; {found.path} has {shown_names(found.columns)}. "
             f"Rename columns with {found.name}.columns, or set another format"
         )
     if name in REQUIRED:
@@ -229,8 +230,8 @@ def row_converter(found: SourceRows, name: str = "auto") -> RowConverter:
     turns = _turns_columns(found, "role" if name == "messages" else "from")
     if len(turns) > 1:
         raise UserError(
-            f"{found.path} has {name} in two columns, {' and '.join(turns)} (columns {', '.join(found.columns)}); say "
-            f"which is meant: with {found.name}.columns, `messages: conversations` takes the second one"
+            f"{found.path} has {name} in two columns, {' and '.join(turns)} (columns {shown_names(found.columns)}); "
+            f"say which is meant: with {found.name}.columns, `messages: conversations` takes the second one"
         )
     return RowConverter(name, turns[0], found.roles)
 

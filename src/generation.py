@@ -77,7 +77,9 @@ def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
     """
     generation = model.generation_config or GenerationConfig()
     given = generation.eos_token_id
-    stops = [given] if isinstance(given, int) else list(given or [])
+    stops = list(given) if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(stop) is int for stop in stops):
+        raise UserError(f"the model's generation_config.json has eos_token_id={given!r}; give an id, or a list of some")
     stops += [tokenizer.eos_token_id, *_template_stops(tokenizer)]
     stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None

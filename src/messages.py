@@ -9,11 +9,12 @@ Keys that are not named here, such as `name` or `tool_call_id`, are kept as they
 key whose value is null is left out.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from src.files import shorten
 from utils.errors import UserError
+from utils.json_text import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PLAIN_KEYS = {"role", "content"}
@@ -187,6 +188,10 @@ def tool_schemas(tools: Any, origin: str) -> tuple[dict[str, Any], ...]:
         tools = [parsed(tool, f"{origin}: a tool") for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{origin} has `tools` that are not a list of objects")
+    for tool in tools:
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str | None):
+            raise UserError(f"{origin} has a tool that is no object with a text as its name: {shorten(str(tool))}")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
@@ -199,6 +204,6 @@ def parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return parse_json(value)
+    except ValueError as error:
         raise UserError(f"{what} is not JSON ({error})") from error

@@ -5,14 +5,13 @@ settings = load_settings(config.model, tokenizer)
 model = load_model(config.model, settings, tokenizer, trains_all=config.adapter.kind == "none")
 """
 
+import contextlib
 import difflib
-import json
-import pickle
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -29,13 +28,16 @@ from src.architectures import settings_from
 from src.attention import DOCUMENTS
 from src.attention_choice import use_attention
 from src.chat_setup import grow_embeddings, set_chat_template, template_tokens
+from src.checkpoints.architecture import check_config_layers
+from src.checkpoints.json_files import read_json_object
 from src.context import scale_context
 from src.families import check_code, check_family, refuse_own_code
 from src.generation import set_stops
 from src.quantization import finish_base, loading_options
 from src.tokenizer_check import check_ids, check_saved
 from utils.distributed import accelerator_name
-from utils.errors import UserError, in_one_line
+from utils.errors import UserError, in_one_line, some
+from utils.json_text import parse_json
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -68,7 +70,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             check_code(source, revision)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trusted)
-        except (OSError, ValueError) as error:
+            tokenizer("a")  # what the files say is put to use
+        except Exception as error:  # transformers and tokenizers check few of the values that they compute with
             raise UserError(f"no tokenizer could be loaded from {source}: {in_one_line(error)}") from error
         check_ids(tokenizer, source, revision)
     for role, token in config.special_tokens.items():
@@ -126,7 +129,7 @@ def load_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         settings = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # each family computes with its settings in its own way, and checks few of them
         if not config.trust_remote_code:
             refuse_own_code(config.path, config.revision)
         raise UserError(f"model.path={config.path} could not be read: {in_one_line(error)}") from error
@@ -215,7 +218,9 @@ def _from_checkpoint(
             ignore_mismatched_sizes=True,  # they are named below
             **options,
         )
-    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
+    except (ImportError, KeyError):
+        raise  # a package that is absent, or a name that transformers has not: the caller tells
+    except Exception as error:  # damaged files, and settings that no model can be made of
         raise UserError(f"the weights of {config.path} could not be loaded: {in_one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     mismatched = sorted(f"{name} of {tuple(given)} for {tuple(own)}" for name, given, own in report["mismatched_keys"])
@@ -237,7 +242,7 @@ def _check_local(source: str, field: str, needed: str) -> None:
             raise UserError(f"{field}={source} does not exist; give a folder with a checkpoint, or a Hub id")
         return
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
             f"{field}={source} holds an adapter, not a model; train from its base {base}, or merge the two first"
         )
@@ -249,30 +254,36 @@ def _check_local(source: str, field: str, needed: str) -> None:
             _check_json(folder / name, field)
     if needed == "config.json":
         _check_weights(folder)
+    _check_layers(folder, field)
 
 
 def _check_json(path: Path, field: str) -> None:
     try:
-        json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{field}={path.parent}: {path.name} is not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{field}={path.parent}: {path.name} holds no object; fetch it again")
 
 
 def _check_weights(folder: Path) -> None:
     """Make sure that the weight files of a checkpoint are all there and whole, before anything else takes time."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        places = read_json_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"model.path={folder}: {index.name} has no weight_map of file names; fetch it again")
+        shards = set(places.values())
         if outside := sorted(name for name in shards if name != Path(name).name):
             raise UserError(
                 f"model.path={folder}: {index.name} names weight files that are not beside it "
                 f"({', '.join(outside[:3])}), where a checkpoint's stand; fetch it again from where you trust it"
             )
-        absent = sorted(name for name in shards if not (folder / name).is_file())
+        absent = sorted(name for name in shards if not os.path.isfile(folder / name))  # is_file() raises at a long name
         if absent:
             raise UserError(
                 f"model.path={folder} is incomplete: {len(absent)} of {len(shards)} weight files that its index names "
-                f"are missing ({', '.join(absent[:3])}); fetch it again"
+                f"are missing ({some(absent, 3)}); fetch it again"
             )
     for path in sorted(folder.glob("model*.safetensors")):
         try:
@@ -282,3 +293,17 @@ def _check_weights(folder: Path) -> None:
             raise UserError(
                 f"model.path={folder} is incomplete: {path.name} is damaged or cut short ({error}); fetch it again"
             ) from error
+
+
+def _check_layers(folder: Path, field: str) -> None:
+    """Make sure that config.json claims no more layers than there are tensors, by the index or the file of weights, if
+    there is one: transformers reads it for the tokenizer too, and some families make a list of the layers then."""
+    tensors, index, whole = 0, folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        places = read_json_object(index).get("weight_map")
+        tensors = len(places) if isinstance(places, dict) else 0
+    elif whole.is_file():
+        with contextlib.suppress(SafetensorError), safe_open(whole, framework="pt") as content:
+            tensors = len(content.keys())
+    if tensors and (folder / "config.json").is_file():
+        check_config_layers(f"{field}={folder}: config.json", read_json_object(folder / "config.json"), tensors)

@@ -27,6 +27,7 @@ from src.step_rows import RecentSteps
 from utils.checkpoint_record import damage
 from utils.checkpointing import last_checkpoint
 from utils.errors import UserError
+from utils.json_text import ANOTHER_CHECKPOINT, read_json_file
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -74,7 +75,7 @@ class NumberHooks:
         self.recent = RecentSteps(self.feed, self.data_collator)
         file = Path(checkpoint) / NUMBERS if checkpoint else None
         if file and file.is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json_file(file, ANOTHER_CHECKPOINT)
             self.numbers.load_state(content["watch"])
             self.best.load_state(content["best"])
             self._events = content["events"]

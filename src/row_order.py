@@ -19,6 +19,7 @@ from src.batches import PackFeed, PackMark
 from src.streaming import StreamFeed
 from utils.checkpointing import step_of
 from utils.errors import UserError
+from utils.json_text import ANOTHER_CHECKPOINT, read_json_file
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -58,7 +59,7 @@ class RowOrder:
             UserError: they do, and no setting that orders them has changed.
         """
         step, path = step_of(checkpoint), checkpoint / ORDER
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        content = read_json_file(path, ANOTHER_CHECKPOINT) if path.is_file() else None
         if content is None:
             log.warning(
                 "%s has no %s, as those of older runs have none; the order of rows is not checked", checkpoint, ORDER
@@ -66,7 +67,7 @@ class RowOrder:
         if isinstance(feed, StreamFeed):
             settings = content["settings"] if content else None
             feed.stream.tell_others = lambda what: self._tell_others(what, checkpoint, settings)
-            feed.load_state(json.loads((checkpoint / STREAM).read_text(encoding="utf-8")))
+            feed.load_state_from(checkpoint / STREAM)
             return
         if content is None:
             feed.go_to(step)

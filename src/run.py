@@ -31,6 +31,7 @@ from utils.checkpointing import last_checkpoint, newest_valid_checkpoint, step_o
 from utils.errors import UserError
 from utils.files import is_write_failure, sha256_of_file, whole_folder, write_json, write_text
 from utils.hub import push_folder
+from utils.json_text import read_json_file
 from utils.launch import is_main_process
 from utils.logging import get_logger
 from utils.metrics import peak_memory
@@ -71,9 +72,8 @@ class Run:
             return
         path, content = self.path / name, redacted(content)
         if self.checkpoint is not None and path.is_file():
-            before, after = (
-                _flat(json.loads(text)) for text in (path.read_text(encoding="utf-8"), json.dumps(content))
-            )
+            before = _flat(read_json_file(path, "bring it back as it was, or start anew with another --output.name"))
+            after = _flat(json.loads(json.dumps(content)))
             changed = [
                 {"name": key, "before": before.get(key), "after": after.get(key)}
                 for key in sorted(before.keys() | after.keys())

@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfFileSystem, hf_hub_download
 
 from config.schema import SourceConfig
-from src.files import COMPRESSIONS, FILE_TYPES, Row, file_rows, file_type, open_rows, shorten
+from src.files import COMPRESSIONS, FILE_TYPES, Row, file_rows, file_type, open_rows, shorten, shown_names
 from src.tables import data_set_rows
 from utils.digests import Digests
 from utils.errors import UserError
@@ -173,7 +173,7 @@ def _rows_of_files(files: Files, name: str) -> Iterator[Row]:
 
 
 def _table(table: datasets.Dataset | datasets.IterableDataset, shown: str) -> Iterator[Row]:
-    for number, (values, cleaned) in enumerate(data_set_rows(table), start=1):
+    for number, (values, cleaned) in enumerate(data_set_rows(table, shown), start=1):
         yield Row(f"{shown} row {number}", values, cleaned)
 
 
@@ -181,7 +181,7 @@ def _check_columns(head: list[Row], names: dict[str, str], name: str) -> None:
     columns = dict.fromkeys(column for row in head for column in row.values)
     for expected, given in names.items():
         if given not in columns:
-            raise UserError(f"{name}.columns: {expected}: {given!r} is no column of it; it has {', '.join(columns)}")
+            raise UserError(f"{name}.columns: {expected}: {given!r} is no column of it; it has {shown_names(columns)}")
 
 
 def _renamed(read: Callable[[], Iterable[Row]], names: dict[str, str]) -> Iterator[Row]:
@@ -264,8 +264,9 @@ def _saved(folder: Path, source: SourceConfig, name: str) -> datasets.Dataset:
     """A data set, or a split of several, that `save_to_disk` wrote."""
     try:
         found = datasets.load_from_disk(str(folder))
-    except (DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"{name}.path={source.path!r} cannot be read as a saved data set: {error}") from error
+    except Exception as error:  # datasets trusts the folder's JSON files, and fails in whatever they hold
+        told = f"{type(error).__name__}: {shorten(str(error), 300)}"
+        raise UserError(f"{name}.path={source.path!r} cannot be read as a saved data set: {told}") from error
     if isinstance(found, datasets.Dataset):
         return found
     if source.split not in found:

@@ -36,8 +36,9 @@ from src.preparation import OpenSource, Preparation
 from src.sources import Row
 from src.stream_place import ChainedRows, Place, TokenArrays
 from utils.ahead import Ahead, Halt
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.hash_chain import START, extended
+from utils.json_text import ANOTHER_CHECKPOINT, read_json_file
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -336,6 +337,18 @@ class StreamFeed(IterableDataset):
             "chain": mark.chain,
             "window": mark.window,
         }
+
+    def load_state_from(self, path: Path) -> None:
+        """Go to where the feed was whose state a file of JSON holds.
+
+        Raises:
+            UserError: the file is no state of a feed.
+        """
+        content = read_json_file(path, ANOTHER_CHECKPOINT)
+        try:
+            self.load_state(content)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no place in a stream ({in_one_line(error)}); {ANOTHER_CHECKPOINT}") from error
 
     def load_state(self, content: dict[str, Any]) -> None:
         """Go to where another feed was when it told its state."""

@@ -9,7 +9,7 @@ have, and a template would write them. Such keys are taken out again. A key that
 the JSON, and stays; so does a null in a list, and a column that is null for a row.
 """
 
-import json
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
+from utils.json_text import parse_json
 
 BATCH_ROWS = 1000
 """Rows of a table that become Python objects at once."""
@@ -30,11 +31,8 @@ def parquet_rows(path: Path | BinaryIO, shown: str) -> Iterator[tuple[dict[str, 
     Raises:
         UserError: the file is damaged or no parquet file.
     """
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from table_rows(file.iter_batches(BATCH_ROWS))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{shown} cannot be read as parquet: {error}") from error
+    with _refused(shown, "parquet"), pyarrow.parquet.ParquetFile(path) as file:
+        yield from table_rows(file.iter_batches(BATCH_ROWS))
 
 
 def arrow_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
@@ -44,22 +42,34 @@ def arrow_rows(path: Path, shown: str) -> Iterator[tuple[dict[str, Any], frozens
     Raises:
         UserError: the file is damaged or no arrow file.
     """
+    with _refused(shown, "arrow"), pyarrow.memory_map(str(path)) as file:
+        has_index = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if has_index:
+            index = pyarrow.ipc.open_file(file)
+            yield from table_rows(index.get_batch(number) for number in range(index.num_record_batches))
+        else:
+            yield from table_rows(pyarrow.ipc.open_stream(file))
+
+
+@contextlib.contextmanager
+def _refused(shown: str, kind: str) -> Iterator[None]:
+    """Raises: UserError for what Arrow and the values of its columns make of a damaged file."""
     try:
-        with pyarrow.memory_map(str(path)) as file:
-            has_index = file.read(6) == b"ARROW1"
-            file.seek(0)
-            if has_index:
-                index = pyarrow.ipc.open_file(file)
-                yield from table_rows(index.get_batch(number) for number in range(index.num_record_batches))
-            else:
-                yield from table_rows(pyarrow.ipc.open_stream(file))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{shown} cannot be read as arrow: {error}") from error
+        yield
+    # ValueError: text that is no UTF-8, dates that Python has not; MemoryError: a length that nothing holds.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError, MemoryError, TypeError) as error:
+        raise UserError(f"{shown} cannot be read as {kind}: {in_one_line(error) or type(error).__name__}") from error
 
 
-def data_set_rows(table: datasets.Dataset) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
-    """The rows of a data set, and the dotted names of the keys that were taken out of each."""
-    return table_rows(table.with_format("arrow").iter(BATCH_ROWS))
+def data_set_rows(table: datasets.Dataset, shown: str) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """The rows of a data set, and the dotted names of the keys that were taken out of each.
+
+    Raises:
+        UserError: its files are damaged.
+    """
+    with _refused(shown, "a data set"):
+        yield from table_rows(table.with_format("arrow").iter(BATCH_ROWS))
 
 
 def table_rows(
@@ -67,6 +77,7 @@ def table_rows(
 ) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
     """The rows of tables of one schema, and the dotted names of the keys that were taken out of each."""
     for batch in batches:
+        batch.validate(full=True)  # Arrow trusts the offsets of a file, and a damaged one reads beyond its memory
         json_columns = _json_columns(batch.schema)
         nested = {field.name: field.type for field in batch.schema if _holds_objects(field.type)}
         for start in range(0, batch.num_rows, BATCH_ROWS):
@@ -75,7 +86,7 @@ def table_rows(
                 for column, kind in nested.items():
                     values[column] = _restored(values[column], kind, column, found)
                 for column in json_columns:
-                    values[column] = json.loads(values[column]) if isinstance(values[column], str) else values[column]
+                    values[column] = parse_json(values[column]) if isinstance(values[column], str) else values[column]
                 yield values, frozenset(found)
 
 
@@ -104,7 +115,7 @@ def _restored(value: Any, kind: pyarrow.DataType, name: str, found: set[str]) ->
     if value is None:
         return None
     if _is_json(kind):
-        return json.loads(value)
+        return parse_json(value)
     if _is_list(kind):
         if _is_json(kind.value_type) or _holds_objects(kind.value_type):
             return [_restored(item, kind.value_type, name, found) for item in value]

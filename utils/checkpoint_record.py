@@ -4,13 +4,14 @@ write_record(folder, step=100, config=run / "config.json")  # its files, synced,
 damage(folder)                                              # None, or what is wrong with which file
 """
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from utils.errors import in_one_line
 from utils.files import sha256_of_file, sync, sync_tree, write_json
+from utils.json_text import ANOTHER_CHECKPOINT, parse_json, read_json_file
 from utils.reproducibility import versions
 
 RECORD = "checkpoint.json"
@@ -57,13 +58,15 @@ def damage(folder: Path) -> str | None:
     Every byte is read, unless a size tells already; the files of a checkpoint are read once more when they load.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
         step, files = (
             record["step"],
             {str(name): (file["bytes"], file["sha256"]) for name, file in record["files"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {RECORD} cannot be read ({type(error).__name__}: {error})"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"its {RECORD} cannot be read ({type(error).__name__}: {in_one_line(error)})"
+    if not all(type(size) is int and isinstance(digest, str) for size, digest in files.values()):
+        return f"its {RECORD} names sizes or digests that are none"
     if folder.name != f"checkpoint-{step}":
         return f"its {RECORD} is that of step {step}"
     wrong = [_wrong_size(folder / name, name, size) for name, (size, _) in files.items()]
@@ -75,8 +78,12 @@ def damage(folder: Path) -> str | None:
 
 
 def _wrong_size(path: Path, name: str, size: int) -> str | None:
-    if not path.is_file():
-        return f"{name} is missing"
+    try:
+        there = path.is_file()
+    except OSError as error:
+        return f"{name[:100]} cannot be read ({error.strerror})"
+    if not there:
+        return f"{name[:100]} is missing"
     if (found := path.stat().st_size) != size:
         return f"{name} has {found:,} bytes, and {size:,} were written"
     return None
@@ -95,7 +102,7 @@ def _wrong_content(path: Path, name: str, digest: str) -> str | None:
 def config_digest(folder: Path) -> str | None:
     """SHA-256 of the run's config.json when a checkpoint was written. None: that is not recorded."""
     path = folder / RECORD
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record: dict[str, Any] = read_json_file(path, ANOTHER_CHECKPOINT) if path.is_file() else {}
     return record.get("config_sha256")
 
 

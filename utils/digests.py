@@ -11,13 +11,13 @@ such a digest is not remembered.
 Source: git's "racy" index entries, https://git-scm.com/docs/racy-git.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from utils.files import sha256_of_file, write_json
+from utils.json_text import parse_json
 
 RACY_NS = 2_000_000_000
 """Nanoseconds between a file's last change and its digest that make it sure that a later change shows: the coarsest
@@ -88,7 +88,8 @@ def _read_file(file: Path) -> tuple[tuple[Signature, str], bool]:
 def _read(path: Path) -> dict[str, tuple[Signature, str]]:
     """The remembered digests by absolute path; none where the file is missing or is no such record."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {name: (tuple(entry[:5]), entry[5]) for name, entry in entries.items()}
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, IndexError):
+        entries = parse_json(path.read_text(encoding="utf-8"))
+        known = {name: (tuple(entry[:5]), entry[5]) for name, entry in entries.items()}
+    except (FileNotFoundError, ValueError, AttributeError, LookupError, TypeError):
         return {}
+    return known if all(isinstance(digest, str) for _, digest in known.values()) else {}

@@ -3,12 +3,21 @@
 raise UserError(f"data.max_length={n} exceeds the model's context of {m}; lower it to {m} or less")
 """
 
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Says what was given, what is allowed and what to change.
 
     Commands print it without a traceback and exit with 2.
     """
+
+
+def some(values: Iterable[object], limit: int = 8) -> str:
+    """The first values of many, in order, short enough to be read."""
+    found = sorted(map(str, values))
+    shown = [value if len(value) <= 100 else value[:100] + "..." for value in found[:limit]]
+    return f"{shown}" + (f" and {len(found) - limit} more" if len(found) > limit else "")
 
 
 def in_one_line(error: Exception) -> str:

@@ -99,6 +99,8 @@ Architecture = LlamaArchitecture | OtherArchitecture
 
 LLAMA_FIELDS = tuple(LlamaArchitecture.__dataclass_fields__)
 
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the families' names for their number
+
 # Settings of config.json that change nothing in what the tensors compute when they are evaluated.
 _WITHOUT_EFFECT = frozenset(
     (
@@ -124,6 +126,28 @@ def beyond_llama(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json of model type `llama` sets and `LlamaArchitecture` does not have."""
     known = {*LLAMA_FIELDS, *_WITHOUT_EFFECT, "rope_theta", "rope_scaling"}
     return {name: settings[name] for name in sorted(settings.keys() - known)}
+
+
+def check_layers(where: str, layers: int, tensors: int) -> None:
+    """Compare a description with a file before each of its layers is given names, which a claim of 2**40 never ends.
+
+    Args:
+        where: the description's place and name for its layers.
+        tensors: how many are stored; a layer has at least one.
+    Raises:
+        UserError: there are fewer tensors than layers.
+    """
+    if layers > tensors:
+        raise UserError(f"{where}={layers}, but {tensors} tensors are stored; mend it, or give a complete checkpoint")
+
+
+def check_config_layers(where: str, settings: Mapping[str, Any], tensors: int) -> None:
+    """`check_layers` of a config.json, and of each part of it where it describes several models."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            check_config_layers(where, value, tensors)
+        elif name in _LAYERS and isinstance(value, int):
+            check_layers(f"{where}: {name}", value, tensors)
 
 
 def as_llama(architecture: Architecture, target: str) -> LlamaArchitecture:

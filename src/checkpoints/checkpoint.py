@@ -21,7 +21,7 @@ from src.checkpoints.architecture import Architecture, LlamaArchitecture
 from src.checkpoints.characters import Characters
 from src.checkpoints.pieces import ScoredPieces
 from src.checkpoints.tiktoken_ranks import TiktokenRanks
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Checkpoint:
         missing, unknown = shapes.keys() - self.tensors.keys(), self.tensors.keys() - shapes.keys()
         if missing or unknown:
             raise UserError(
-                f"{self.inputs[0]} lacks the tensors {sorted(missing)} and has {sorted(unknown)}, which its "
+                f"{self.inputs[0]} lacks the tensors {some(missing)} and has {some(unknown)}, which its "
                 "description does not allow; give a complete Llama checkpoint"
             )
         for name, shape in shapes.items():

@@ -28,7 +28,7 @@ from src.checkpoints.gguf_files import BLOCK, MAGIC, PLAIN, Stored, kept, read_c
 from src.checkpoints.gguf_tokenizer import to_metadata
 from src.checkpoints.gguf_vocabulary import from_metadata
 from src.checkpoints.interleaved import hugging_face_name, interleaved_logits
-from utils.errors import UserError
+from utils.errors import UserError, some
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -88,7 +88,7 @@ def write(checkpoint: Checkpoint, folder: Path, options: WriteOptions) -> Roundi
     missing, unknown = set(names.values()) - checkpoint.tensors.keys(), checkpoint.tensors.keys() - set(names.values())
     if missing or unknown:
         raise UserError(
-            f"{checkpoint.inputs[0]} lacks the tensors {sorted(missing)} and has {sorted(unknown)}, which gguf does "
+            f"{checkpoint.inputs[0]} lacks the tensors {some(missing)} and has {some(unknown)}, which gguf does "
             f"not hold for a {family.name}; give a complete checkpoint"
         )
     kinds = _kinds(checkpoint.tensors, options.dtype)

@@ -25,6 +25,7 @@ from src.checkpoints.architecture import (
     OtherArchitecture,
     as_llama,
     beyond_llama,
+    check_layers,
 )
 from src.checkpoints.checkpoint import LazyTensor
 from src.checkpoints.gguf_files import Content
@@ -36,7 +37,7 @@ from src.checkpoints.interleaved import (
     rotary_frequencies,
     to_hugging_face,
 )
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
 """The tensor of what each rotary wavelength is stretched by, float32 (head size / 2,); `llama3` scaling's form."""
@@ -231,7 +232,7 @@ def from_file(
     found = content.tensors.keys() - {FREQUENCY_FACTORS}
     if wanted != found:
         raise UserError(
-            f"{content.path} lacks the tensors {sorted(wanted - found)} and has {sorted(found - wanted)}, which a "
+            f"{content.path} lacks the tensors {some(wanted - found)} and has {some(found - wanted)}, which a "
             f"{family.name} does not have; give a complete file"
         )
     by_meta = {meta_name(name): content.tensors[name] for name in tensor_names(family, sizes)}
@@ -268,6 +269,7 @@ def read_architecture(content: Content) -> tuple[Family, LlamaArchitecture, Arch
     if "token_embd.weight" not in content.tensors:
         raise UserError(f"{content.path} lacks token_embd.weight; give a complete file")
     hidden, heads = value("embedding_length", int), value("attention.head_count", int)
+    check_layers(f"{content.path}: {name}.block_count", value("block_count", int), len(content.tensors))
     sizes = LlamaArchitecture(
         vocab_size=content.tensors["token_embd.weight"].shape[0],
         hidden_size=hidden,

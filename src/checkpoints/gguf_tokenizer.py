@@ -9,6 +9,7 @@ Source: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from src.checkpoints.checkpoint import Checkpoint, MadeTokenizer, TokenizerFiles
@@ -16,7 +17,7 @@ from src.checkpoints.gguf_steps import name_of_steps
 from src.checkpoints.hf_tokenizer import made_tokenizer
 from src.checkpoints.json_files import read_json_object
 from src.checkpoints.pieces import ScoredPieces, pieces_of_content, repeated_pieces
-from utils.errors import UserError
+from utils.errors import UserError, some
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -52,7 +53,9 @@ def to_metadata(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:
             "tokenizer with --tokenizer, or resize its embedding"
         )
     if repeated := repeated_pieces(tokens):
-        raise UserError(f"the tokenizer has tokens under several ids: {repeated}; llama.cpp asks for one each")
+        raise UserError(
+            f"the tokenizer has tokens under several ids: {some(repeated.items())}; llama.cpp asks for one each"
+        )
     missing = range(len(tokens), vocab_size)
     tokens += [f"[PAD{index}]" for index in missing]
     values["token_type"] += [UNUSED] * len(missing)
@@ -88,9 +91,12 @@ class _Parts:
             beside = {file.name: file for file in tokenizer.paths}
             config, jinja = beside.get("tokenizer_config.json"), beside.get("chat_template.jinja")
             settings = read_json_object(config) if config else {}
-            template = jinja.read_text(encoding="utf-8") if jinja else settings.get("chat_template")
+            template = _read_template(jinja) if jinja else settings.get("chat_template")
         if not isinstance(template, str | None):
-            templates = {each["name"]: each["template"] for each in template}
+            try:
+                templates = {each["name"]: each["template"] for each in template}
+            except (LookupError, TypeError) as error:
+                raise UserError(f"{name}: chat_template is neither a text nor a list of named ones; mend it") from error
             log.warning("GGUF holds one chat template; of %s it gets `default`", sorted(templates))
             template = templates.get("default")
         parts = cls(name, content, settings, template)
@@ -116,8 +122,8 @@ class _Parts:
         found = {}
         for role in ("bos", "eos", "unk", "pad"):
             token = self.settings.get(f"{role}_token")
-            token = token["content"] if isinstance(token, dict) else token
-            if token in ids:
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token in ids:
                 found[role] = ids[token]
         return found
 
@@ -129,6 +135,13 @@ class _Parts:
                     f"{self.name}: the token {token['content']!r} sets {', '.join(odd)}, which gguf cannot hold; "
                     "choose another --to"
                 )
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def _of_bytes(parts: _Parts) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from src.checkpoints.gguf_files import Content
 from src.checkpoints.gguf_steps import NAMED_STEPS, OTHER_NAMES
 from src.checkpoints.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from src.checkpoints.pieces import ScoredPieces, repeated_pieces
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _DEFAULT_IDS = {"llama": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}, "gpt2": {}}
@@ -63,24 +63,28 @@ class _Table:
             raise UserError(
                 f"{content.path}: tokenizer.ggml.model={model} is not served, only {', '.join(_DEFAULT_IDS)}"
             )
-        tokens = content.value("tokenizer.ggml.tokens", list)
+        tokens = _list_of(content, "tokens", str)
         if len(tokens) != vocab_size:
             raise UserError(
                 f"{content.path} has {len(tokens)} tokens, but its embedding {vocab_size} rows; convert it again from "
                 "the model's own files"
             )
         if repeated := repeated_pieces(tokens):
-            raise UserError(f"{content.path} has tokens under several ids: {repeated}; convert it again")
-        kinds = content.metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+            raise UserError(f"{content.path} has tokens under several ids: {some(repeated.items())}; convert it again")
+        has_kinds = "tokenizer.ggml.token_type" in content.metadata
+        kinds = _list_of(content, "token_type", int) if has_kinds else [NORMAL] * len(tokens)
         if len(kinds) != len(tokens):
             raise UserError(f"{content.path} has {len(kinds)} token types for {len(tokens)} tokens; convert it again")
         ids = dict(_DEFAULT_IDS[model])
         for role in ("bos", "eos", "eot", "eom", "unknown", "padding"):
             key = f"{role}_token_id"
             index = content.metadata.get(f"tokenizer.ggml.{key}")
-            if index is not None and not 0 <= index < len(tokens):
+            if index is not None and not (type(index) is int and 0 <= index < len(tokens)):
                 raise UserError(f"{content.path}: tokenizer.ggml.{key}={index} is none of its {len(tokens)} tokens")
             ids |= {} if index is None else {key: index}
+        for key in ("tokenizer.ggml.pre", "tokenizer.chat_template"):
+            if key in content.metadata:
+                content.value(key, str)
         return cls(content, model, tokens, kinds, ids)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -127,12 +131,20 @@ class _Table:
         return Generation(self.ids.get("bos_token_id"), stops, self.ids.get("padding_token_id"))
 
 
+def _list_of(content: Content, key: str, kind: type) -> list[Any]:
+    """Raises: UserError if the list under a key of the tokenizer is absent or holds something else than `kind`."""
+    values = content.value(f"tokenizer.ggml.{key}", list)
+    if not all(isinstance(value, kind) for value in values):
+        raise UserError(f"{content.path}: tokenizer.ggml.{key} is no list of {kind.__name__}; convert it again")
+    return values
+
+
 def _pieces(table: _Table) -> ScoredPieces:
     """The pieces of a SentencePiece BPE, without what follows the last of them."""
     path, kinds = table.content.path, table.kinds
     if not table.flag("add_space_prefix", True):
         raise UserError(f"{path}: tokenizer.ggml.add_space_prefix=false is not served, only true")
-    scores = table.content.value("tokenizer.ggml.scores", list)
+    scores = _list_of(table.content, "scores", float)
     own = [index for index, kind in enumerate(kinds) if kind in (NORMAL, UNKNOWN, BYTE)]
     first_byte = kinds.index(BYTE) if BYTE in kinds else -1
     if first_byte < 0 or table.tokens[first_byte : first_byte + 256] != _BYTES or len(scores) != len(table.tokens):
@@ -157,7 +169,7 @@ def _byte_level(table: _Table) -> Tokenizer:
     if sorted(added) != list(range(len(vocabulary), len(vocabulary) + len(added))):
         # Hugging Face numbers added tokens on from the vocabulary, so these keep their ids only within it.
         vocabulary |= {token: index for index, token in added.items()}
-    merges = [tuple(merge.split(" ")) for merge in table.content.value("tokenizer.ggml.merges", list)]
+    merges = [tuple(merge.split(" ")) for merge in _list_of(table.content, "merges", str)]
     try:
         model = BPE(vocab=vocabulary, merges=merges, ignore_merges=steps.ignore_merges)
     except Exception as error:  # tokenizers raises Exception itself

@@ -10,6 +10,7 @@ its config.json has it, for another Hugging Face folder.
 
 import errno
 import functools
+import os
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -17,11 +18,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from src.checkpoints.architecture import (
     LLAMA_FIELDS,
@@ -29,6 +29,7 @@ from src.checkpoints.architecture import (
     LlamaArchitecture,
     OtherArchitecture,
     beyond_llama,
+    check_config_layers,
 )
 from src.checkpoints.characters import only_characters
 from src.checkpoints.checkpoint import (
@@ -44,7 +45,7 @@ from src.checkpoints.evaluation import evaluation
 from src.checkpoints.hf_tokenizer import made_tokenizer
 from src.checkpoints.json_files import read_json_object
 from src.checkpoints.pickles import pickled_tensors
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line, some
 from utils.files import write_json, write_text
 from utils.logging import get_logger
 
@@ -100,10 +101,11 @@ def _read_architecture(
     path: Path, settings: dict[str, Any], tensors: dict[str, LazyTensor]
 ) -> tuple[Architecture, dict[str, LazyTensor]]:
     """What the tensors compute, and the tensors without a head that is the embedding's own."""
+    check_config_layers(f"{path}/config.json", settings, len(tensors))
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"{path}/config.json is not one that transformers reads: {error}") from error
+    except Exception as error:  # each family computes with its settings in its own way, and checks few of them
+        raise UserError(f"{path}/config.json is not one that transformers reads: {in_one_line(error)}") from error
     if settings["model_type"] == "llama" and not beyond_llama(settings):
         sizes = LlamaArchitecture(**{name: getattr(config, name) for name in LLAMA_FIELDS})
         if sizes.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
@@ -129,7 +131,7 @@ def _check_loading(path: Path) -> None:
         _, report = AutoModelForCausalLM.from_pretrained(
             path, device_map="meta", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (KeyError, RuntimeError, ValueError) as error:
+    except Exception as error:  # as above: a model's code computes with whatever config.json says
         raise UserError(f"transformers does not load {path}: {' '.join(str(error).split())[-600:]}") from error
     if report["missing_keys"]:
         raise UserError(f"{path} lacks the tensors {sorted(report['missing_keys'])[:4]}; give all of its weight files")
@@ -150,8 +152,8 @@ def _read_tensors(path: Path) -> tuple[list[Path], dict[str, LazyTensor]]:
             files = [path / whole]
         else:
             continue
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{path} lacks {missing}; give a folder with all of its weight files")
+        if missing := [file.name for file in files if not os.path.isfile(file)]:  # is_file() raises at a long name
+            raise UserError(f"{path} lacks {some(missing)}; give a folder with all of its weight files")
         tensors: dict[str, LazyTensor] = {}
         for file in files:
             found = read_file(file)
@@ -219,18 +221,32 @@ def _lazy(file: Path, name: str, piece: "safe_open") -> LazyTensor:
 
 
 def read_generation(path: Path) -> Generation:
-    """What a folder's generation_config.json says, or where there is none, its config.json."""
-    if (path / "generation_config.json").is_file():
-        settings = GenerationConfig.from_pretrained(path)
-    else:
-        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, local_files_only=True))
+    """What a folder's generation_config.json says, or where there is none, its config.json.
+
+    Raises:
+        UserError: a value is none that transformers takes, or an id is no integer.
+    """
+    file = path / "generation_config.json"
+    try:
+        if file.is_file():
+            settings = GenerationConfig.from_pretrained(path)
+        else:
+            settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, local_files_only=True))
+        sampling = settings.to_diff_dict()
+    except Exception as error:  # transformers checks few of the values that it computes with
+        raise UserError(f"{file} is not one that transformers reads: {in_one_line(error)}; mend it") from error
     ends = settings.eos_token_id
+    for name, given in (("bos_token_id", settings.bos_token_id), ("pad_token_id", settings.pad_token_id)):
+        if given is not None and type(given) is not int:
+            raise UserError(f"{file}: {name}={given!r} is no id; mend it")
+    if ends is not None and not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise UserError(f"{file}: eos_token_id={ends!r} is neither an id nor a list of some; mend it")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
     return Generation(
         bos_token_id=settings.bos_token_id,
         stop_token_ids=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
         pad_token_id=settings.pad_token_id,
-        sampling={name: value for name, value in settings.to_diff_dict().items() if name not in ids},
+        sampling={name: value for name, value in sampling.items() if name not in ids},
     )
 
 
@@ -278,7 +294,18 @@ def backend_of(tokenizer: TokenizerFiles) -> Tokenizer:
 
 def tokenization(folder: Path) -> Callable[[str], list[int]]:
     """AutoTokenizer's ids; the tokenizer is loaded at the first call."""
-    tokenizer = functools.cache(lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+    @functools.cache
+    def tokenizer() -> PreTrainedTokenizerBase:
+        try:
+            made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            made("a", verbose=False)  # what the files say is put to use
+            return made
+        except Exception as error:  # the files' values reach code that expects others
+            raise UserError(
+                f"no tokenizer could be loaded from {folder}: {in_one_line(error)}; mend its files"
+            ) from error
+
     return lambda text: tokenizer()(text, verbose=False).input_ids  # quiet about texts beyond the context
 
 

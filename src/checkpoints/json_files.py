@@ -1,10 +1,10 @@
 """JSON files that a checkpoint comes with, written by others."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.json_text import parse_json
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is no JSON in UTF-8, or holds something else than an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; give a complete checkpoint") from error
     except ValueError as error:

@@ -83,6 +83,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
             are of another base than 10000, or the tokenizer is missing, damaged or of another size.
     """
     header = _read_header(path)
+    _check_layers(path, header)
     stored = _stored_tensors(header)
     end = max(place.offset + place.bytes for place in stored.values())
     if path.stat().st_size != end:
@@ -180,6 +181,17 @@ def _check_counts(path: Path, counts: dict[str, int], group: int | None) -> None
         )
     if group is not None and (group < 1 or dim % group):
         raise UserError(f"{path} has a group size of {group}, which does not divide dim={dim}; export it again")
+
+
+def _check_layers(path: Path, header: _Header) -> None:
+    """Raises: UserError if the file is too short for the norms of as many layers as its header claims: 16 million of
+    them would otherwise each be given names and places first."""
+    sizes, held = header.architecture, path.stat().st_size
+    if sizes.num_hidden_layers * 8 * sizes.hidden_size > held:
+        raise UserError(
+            f"{path} holds {held} bytes, too few for the {sizes.num_hidden_layers} layers of its header (llama2.c "
+            f"version {header.version}); fetch or export the file again"
+        )
 
 
 def _layout(header: _Header) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -17,7 +17,7 @@ from src.checkpoints.characters import Characters
 from src.checkpoints.checkpoint import AnyTokenizer, MadeTokenizer, TokenizerFiles
 from src.checkpoints.pieces import SPACE, ScoredPieces, pieces_of_content, pieces_of_tokenizer, repeated_pieces
 from src.checkpoints.tiktoken_ranks import TiktokenRanks
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 _CONTROLS = ("<unk>", "<s>", "</s>")
 _FIRST_BYTE = len(_CONTROLS)
@@ -71,7 +71,9 @@ def _checked(path: Path, pieces: list[str], scores: list[float]) -> ScoredPieces
             raise UserError(f"{path}: piece {index} is {piece!r}, llama2.c has {expected!r} there; give its tokenizer")
     pieces = [*found, *(piece.replace(" ", SPACE) for piece in pieces[fixed:])]
     if repeated := repeated_pieces(pieces):
-        raise UserError(f"{path} has pieces under several ids: {repeated}; give a tokenizer whose pieces differ")
+        raise UserError(
+            f"{path} has pieces under several ids: {some(repeated.items())}; give a tokenizer whose pieces differ"
+        )
     return ScoredPieces(tuple(pieces), tuple(scores), 0, 1, 2, _FIRST_BYTE)
 
 

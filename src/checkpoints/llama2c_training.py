@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from src.checkpoints.architecture import LlamaArchitecture
+from src.checkpoints.architecture import LlamaArchitecture, check_layers
 from src.checkpoints.checkpoint import Checkpoint, LazyTensor, ReadOptions
 from src.checkpoints.interleaved import hugging_face_name
 from src.checkpoints.llama2c import NORM_EPS, ROPE_THETA, checkpoint_of, tokenizer_of
-from src.checkpoints.pickles import check_shapes, has_settings, read_training, whole_number
+from src.checkpoints.pickles import check_shapes, finite_number, has_settings, read_training, whole_number
 from utils.errors import UserError
 
 _COUNTS = ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
@@ -40,6 +40,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     stored, settings = read_training(path, _BUFFERS)
     stored.setdefault(_HEAD, stored.get(_EMBEDDING, torch.empty(0)))
     sizes = _architecture(path, settings, tied=False)
+    check_layers(f"{path}: n_layers", sizes.num_hidden_layers, len(stored))
     check_shapes(path, stored, _shapes(sizes, stored))
     if torch.equal(stored[_HEAD], stored[_EMBEDDING]):
         del stored[_HEAD]
@@ -82,7 +83,7 @@ def _architecture(path: Path, settings: dict[str, Any], *, tied: bool) -> LlamaA
         num_key_value_heads=keys,
         head_dim=counts["dim"] // heads,
         max_position_embeddings=counts["max_seq_len"],
-        rms_norm_eps=float(settings.get("norm_eps", NORM_EPS)),
+        rms_norm_eps=finite_number(path, settings, "norm_eps", NORM_EPS),
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from src.checkpoints.architecture import LlamaArchitecture, as_llama
+from src.checkpoints.architecture import LlamaArchitecture, as_llama, check_layers
 from src.checkpoints.characters import Characters
 from src.checkpoints.checkpoint import (
     AnyTokenizer,
@@ -120,6 +120,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
 
 def _architecture(path: Path, params: Params, release: Release, shards: Sequence[Shard]) -> LlamaArchitecture:
     """The model that params.json and the shapes of the tensors describe together."""
+    check_layers(f"{path / 'params.json'}: n_layers", params.n_layers, len(shards[0].tensors))
     of_embedding = embedding_axis(shards, params.dim)
     rows = tensor_of(shards[0], EMBEDDING).shape[0] * (1 if of_embedding else len(shards))
     if params.vocab_size > 0 and rows != params.vocab_size:

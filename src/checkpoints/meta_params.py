@@ -13,9 +13,10 @@ from typing import Any
 from src.checkpoints.architecture import LlamaArchitecture
 from src.checkpoints.json_files import read_json_object
 from src.checkpoints.meta_releases import Release
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 _COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of")
+LARGEST = 1e30  # of its numbers; Llama 3.1's rope_theta, the largest known, is 500,000
 _NUMBERS = ("norm_eps", "rope_theta", "ffn_dim_multiplier", "vocab_size")
 # Limits of a run of Meta's code, which say nothing of the model.
 _WITHOUT_EFFECT = ("max_seq_len", "max_batch_size", "model_parallel_size")
@@ -48,7 +49,7 @@ def read_params(file: Path) -> Params:
     given = {name: value for name, value in content.items() if value is not None and name not in _WITHOUT_EFFECT}
     known = {field.name for field in dataclasses.fields(Params)}
     if unknown := sorted(given.keys() - known):
-        raise UserError(f"{file} sets {unknown}, which no Llama 1 to 3.2 of text alone has; give one of those")
+        raise UserError(f"{file} sets {some(unknown)}, which no Llama 1 to 3.2 of text alone has; give one of those")
     heads = given.get("n_heads")
     given = {"n_kv_heads": heads, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1} | given
     given = {"rope_theta": None, "ffn_dim_multiplier": None, "use_scaled_rope": False} | given
@@ -58,6 +59,8 @@ def read_params(file: Path) -> Params:
     for name in _NUMBERS:
         if given[name] is not None and (isinstance(given[name], bool) or not isinstance(given[name], int | float)):
             raise UserError(f"{file}: {name}={given[name]} is no number; fetch the file again")
+        if given[name] is not None and not abs(given[name]) < LARGEST:
+            raise UserError(f"{file}: {name}={str(given[name])[:40]} is no finite number; fetch the file again")
     params = Params(**given)
     if params.dim % (2 * params.n_heads) or params.n_heads % params.n_kv_heads:
         raise UserError(

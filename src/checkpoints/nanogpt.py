@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from src.checkpoints.architecture import OtherArchitecture
+from src.checkpoints.architecture import OtherArchitecture, check_layers
 from src.checkpoints.characters import Characters, read_characters
 from src.checkpoints.checkpoint import Checkpoint, Generation, LazyTensor, ReadOptions, TokenizerFiles
 from src.checkpoints.hf import backend_of, id_count, tokenization, tokenizer_files
 from src.checkpoints.nanogpt_evaluation import NORM_EPS, TRANSPOSED, NanoGPT
-from src.checkpoints.pickles import check_shapes, has_settings, read_training, whole_number
+from src.checkpoints.pickles import check_shapes, finite_number, has_settings, read_training, whole_number
 from utils.errors import UserError
 from utils.logging import get_logger
 
@@ -56,6 +56,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     """
     stored, settings = read_training(path, _BUFFERS)
     counts = {name: whole_number(path, settings, name) for name in _COUNTS}
+    check_layers(f"{path}: n_layer", counts["n_layer"], len(stored))
     if counts["n_embd"] % counts["n_head"]:
         raise UserError(f"{path}: n_head={counts['n_head']} does not divide n_embd={counts['n_embd']}; mend model_args")
     biases = settings.get("bias", True)  # models from before the setting have biases
@@ -73,7 +74,7 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     model = NanoGPT(counts["n_layer"], counts["n_head"], activation == "gelu", tensors)
     return Checkpoint(
         inputs=(path, *vocabulary.files),
-        architecture=_architecture(counts, settings, activation, tied),
+        architecture=_architecture(path, counts, settings, activation, tied),
         tensors=_hugging_face(tensors, _shapes(counts, True), tied),
         tokenizer=vocabulary.tokenizer,
         generation=vocabulary.generation,
@@ -134,8 +135,10 @@ def _hugging_face(
     return {name: converted(name) for name in shapes if not (tied and name == _HEAD)}
 
 
-def _architecture(counts: dict[str, int], settings: dict[str, Any], activation: str, tied: bool) -> OtherArchitecture:
-    dropout = float(settings.get("dropout", 0.0))
+def _architecture(
+    path: Path, counts: dict[str, int], settings: dict[str, Any], activation: str, tied: bool
+) -> OtherArchitecture:
+    dropout = finite_number(path, settings, "dropout", 0.0)
     described = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],

@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
+
+LARGEST = 1e30
+"""Of the numbers among settings, such as a dropout or an epsilon."""
 
 
 def read_saved(path: Path) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def read_saved(path: Path) -> dict[str, Any]:
             f"{path} holds {named}, which is neither a plain value nor a tensor and is not loaded, as it could run "
             "code; save the checkpoint again without it"
         ) from error
-    except (EOFError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a damaged pickle fails in whatever its bytes happen to ask for
         raise UserError(
             f"{path} is no whole file that torch 1.6 or later saved ({' '.join(str(error).split())[:200]}); fetch or "
             "save it again"
@@ -52,9 +55,18 @@ def pickled_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     content = read_saved(path)
     for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {name} is a {type(value).__name__}, no tensor; give a file of weights alone")
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, no tensor; give a file of weights alone")
+        _check_plain(path, name, value)
     return content
+
+
+def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises: UserError if a tensor is none of plain numbers in memory, such as a sparse, quantized or meta one."""
+    kinds = (("layout", tensor.layout, torch.strided), ("device", tensor.device, torch.device("cpu")))
+    for what, found, wanted in (*kinds, ("is_quantized", tensor.is_quantized, False)):
+        if found != wanted:
+            raise UserError(f"{path}: the tensor {name} has {what}={found}, must be {wanted}; save it again as that")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -75,9 +87,10 @@ def read_plain(path: Path) -> Any:
             return _PlainUnpickler(file).load()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name the file that the data was prepared with") from error
-    # A damaged pickle fails in whatever its bytes happen to ask for.
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no pickle of plain values ({error}); prepare the data again") from error
+    except Exception as error:  # a damaged pickle fails in whatever its bytes happen to ask for
+        raise UserError(
+            f"{path} is no pickle of plain values ({in_one_line(error)}); prepare the data again"
+        ) from error
 
 
 def read_training(path: Path, buffers: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -104,6 +117,7 @@ def read_training(path: Path, buffers: tuple[str, ...]) -> tuple[dict[str, torch
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             raise UserError(f"{path}: model[{name!r}] is {kind}, not a tensor of floats; save it again")
+        _check_plain(path, name, value)
     return tensors, settings
 
 
@@ -125,6 +139,18 @@ def whole_number(path: Path, settings: dict[str, Any], name: str) -> int:
     if type(value) is not int or value < 1:
         raise UserError(f"{path}: model_args[{name!r}]={value!r} is no positive integer; mend the checkpoint")
     return value
+
+
+def finite_number(path: Path, settings: dict[str, Any], name: str, default: float) -> float:
+    """A number among `model_args`, or the default where there is none.
+
+    Raises:
+        UserError: it is something else, or not finite.
+    """
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise UserError(f"{path}: model_args[{name!r}]={str(value)[:40]!r} is no finite number; mend the checkpoint")
+    return float(value)
 
 
 def check_shapes(path: Path, tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

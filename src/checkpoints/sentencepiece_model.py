@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from src.checkpoints.optional import optional
 from src.checkpoints.pieces import ScoredPieces, repeated_pieces
-from utils.errors import UserError
+from utils.errors import UserError, some
 
 if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -100,6 +100,8 @@ def _pieces(path: Path, model: "ModelProto") -> ScoredPieces:
             "begin and an end token, the bytes, and normal pieces: give Llama's tokenizer"
         )
     if repeated := repeated_pieces(written):
-        raise UserError(f"{path} has pieces under several ids: {repeated}; give a tokenizer whose pieces differ")
+        raise UserError(
+            f"{path} has pieces under several ids: {some(repeated.items())}; give a tokenizer whose pieces differ"
+        )
     scores = tuple(piece.score for piece in model.pieces)
     return ScoredPieces(tuple(written), scores, trainer.unk_id, trainer.bos_id, trainer.eos_id, first)

@@ -1,0 +1,54 @@
+"""JSON that others wrote, read with one kind of error for all that can be wrong with it.
+
+parse_json('{"a": 1}')     # {"a": 1}
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError, in_one_line
+
+ANOTHER_CHECKPOINT = "bring it back as it was, or name another checkpoint of the run with --resume PATH"
+"""What to do about a damaged file of a checkpoint."""
+
+NESTING = 100
+"""Lists and objects within each other, beyond which code that goes down into a value may come to Python's limit."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, is nested beyond what Python reads, or holds an integer of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists and objects are nested too deeply") from error
+
+
+def read_json_file(path: Path, remedy: str) -> Any:
+    """The value of a JSON file that this project wrote.
+
+    Args:
+        remedy: what to do where it is damaged, for the message.
+    Raises:
+        UserError: it is no JSON in UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({in_one_line(error)}); {remedy}") from error
+
+
+def is_nested_beyond(value: Any, limit: int = NESTING) -> bool:
+    """Whether more than `limit` lists and objects stand within each other."""
+    level = [value]
+    for _ in range(limit):
+        inner = [item for item in level if isinstance(item, dict | list | tuple)]
+        if not inner:
+            return False
+        level = [part for item in inner for part in (item.values() if isinstance(item, dict) else item)]
+    return any(isinstance(item, dict | list | tuple) for item in level)
