@@ -136,7 +136,7 @@ class PackFeed(IterableDataset):
         """
         since = since or PackMark()
         chain = since.chain
-        for packs in itertools.islice(self._steps_from(since.step), step - since.step):
+        for packs in itertools.islice(self.steps_from(since.step), step - since.step):
             chain = self._extended(chain, packs)
         return chain
 
@@ -167,11 +167,11 @@ class PackFeed(IterableDataset):
             A step's micro-batches, and the mark that `stand_at` takes once they train.
         """
         mark = self.mark
-        for batches in self._steps_from(mark.step):
+        for batches in self.steps_from(mark.step):
             mark = PackMark(mark.step + 1, self._extended(mark.chain, batches))
             yield [[self.packs[index] for index in batch] for batch in self.split.share(batches)], mark
 
-    def _steps_from(self, step: int) -> Generator[list[list[int]], None, None]:
+    def steps_from(self, step: int) -> Generator[list[list[int]], None, None]:
         """The micro-batches of all processes together, each a list of packs' indices, step by step without end."""
         epoch = self._epoch_of(step)
         done = step - (self._ends[epoch - 1] if epoch else 0)

@@ -6,13 +6,12 @@
 Nothing is estimated: the run's own feed gives the packs of each step, and what a pack holds is counted in its rows.
 """
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
 
-from src.batches import PackFeed, StepSplit
+from src.batches import PackFeed
 from src.packing import FILLER, IGNORED, PackedRows
 
 ROWS_AT_ONCE, STEPS_AT_ONCE = 10_000, 4096
@@ -37,19 +36,6 @@ class StepCounts:
         return 1 - float(self.tokens.sum()) / max(1, int(self.positions.sum()))
 
 
-class _Numbers:
-    """Packs of which only the numbers are given."""
-
-    def __init__(self, packs: PackedRows) -> None:
-        self.pack_tokens = packs.pack_tokens
-
-    def __len__(self) -> int:
-        return len(self.pack_tokens)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
 def count_steps(feed: PackFeed, *, pad_id: int, flat: bool) -> StepCounts:
     """Count every step of a run from its first one on.
 
@@ -63,12 +49,8 @@ def count_steps(feed: PackFeed, *, pad_id: int, flat: bool) -> StepCounts:
     # FILLER's own stand last, as its index is -1.
     lengths_P, rows_P = np.append(packs.pack_tokens, 1), np.append([len(pack) for pack in packs.packs], 0)
     tokens_P, supervised_P = np.append(tokens_P, int(pad_id != 0)), np.append(supervised_P, 0)
-    whole = copy.copy(feed)
-    whole.packs = _Numbers(packs)
-    whole.split = _in_one_process(feed.split)
-    whole.go_to(0)
     counted = []
-    steps = (batches for batches, _ in islice(whole.marked_steps(), feed.steps))
+    steps = islice(feed.steps_from(0), feed.steps)
     while some := list(islice(steps, STEPS_AT_ONCE)):
         indices = np.fromiter(chain.from_iterable(chain.from_iterable(some)), dtype=np.int64)
         sizes = np.array([len(batch) for batches in some for batch in batches])
@@ -80,11 +62,6 @@ def count_steps(feed: PackFeed, *, pad_id: int, flat: bool) -> StepCounts:
         of_batches = [*(np.add.reduceat(values, batch_starts, dtype=np.int64) for values in summed), padded]
         counted.append([np.add.reduceat(values, in_step) for values in of_batches])
     return StepCounts(*(np.concatenate(parts) for parts in zip(*counted, strict=True)))
-
-
-def _in_one_process(split: StepSplit) -> StepSplit:
-    """The same steps, of which one process takes every micro-batch."""
-    return replace(split, accumulation_steps=split.micro_batches, processes=1, process=0)
 
 
 def _counted(packs: PackedRows, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
