@@ -50,16 +50,13 @@ def train(command: CommandLine) -> None:
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
-    from utils.distributed import accelerator_name, check_launch
+    from utils.distributed import check_launch
     from utils.hub import check_access
     from utils.reproducibility import environment
-    from utils.sharded import check_engine, check_parallelism
 
     disable_progress_bar()
     check_launch()
-    check_engine(accelerator_name())
     started, config = time.perf_counter(), command.config
-    check_parallelism(packing=config.data.packing)
     pushes = config.hub.repo_id is not None and is_main_process()
     check_method(config.adapter)
     run = open_run(config.output, resume=command.resume, resume_from=command.resume_from)
@@ -105,8 +102,11 @@ def _arguments(config: RunConfig, run: "Run") -> "TrainingArguments":
     """Trainer's settings; the processes of a run find each other here."""
     from src.compilation import check_compilation
     from src.training_arguments import training_arguments
-    from utils.distributed import check_world, use_cores
+    from utils.distributed import accelerator_name, check_world, use_cores
+    from utils.sharded import check_engine, check_parallelism
 
+    check_engine(accelerator_name())
+    check_parallelism(packing=config.data.packing)
     args = training_arguments(
         run.path,
         config.optim,
