@@ -118,12 +118,9 @@ def _check_start(config: RunConfig) -> None:
     """Refuse what neither the processes as they were started nor the libraries can do, before anything loads."""
     from src.adapter_methods import check_method
     from src.sharding import check_sharding
-    from utils.distributed import accelerator_name, check_launch
-    from utils.engines import check_engine, check_parallelism
+    from utils.distributed import check_launch
 
     check_launch()
-    check_engine(accelerator_name())
-    check_parallelism(packing=config.data.packing)
     check_method(config.adapter)
     check_sharding(config.model, config.adapter, config.optim)
 

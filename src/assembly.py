@@ -46,8 +46,8 @@ from src.streaming import RowStream, stream_datasets
 from src.trainer import SFTTrainer
 from src.training_arguments import training_arguments
 from src.trial import TrialTrainer
-from utils.distributed import check_shared_folder, check_world, shards_weights, use_cores
-from utils.engines import Sharded
+from utils.distributed import accelerator_name, check_shared_folder, check_world, shards_weights, use_cores
+from utils.engines import Sharded, check_engine, check_parallelism
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -55,6 +55,8 @@ log = get_logger(__name__)
 
 def trainer_arguments(config: RunConfig, run: Run) -> TrainingArguments:
     """Trainer's settings; the processes of a run find each other here."""
+    check_engine(accelerator_name())
+    check_parallelism(packing=config.data.packing)
     args = training_arguments(
         run.path,
         config.optim,

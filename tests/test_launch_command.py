@@ -11,6 +11,8 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from tests.tiny_run import ROOT, write_recipe
+from utils.distributed import check_launch
+from utils.errors import UserError
 from utils.launch_command import Asked, asked_of_launcher, launch_arguments, read_arguments
 
 MACHINES = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29500"]
@@ -133,3 +135,14 @@ def test_a_run_that_asked_for_fsdp_where_accelerate_leaves_it_out_is_refused(tmp
 def test_runs_that_got_what_was_asked_for_train(tmp_path, arguments):
     done = accelerate(*arguments, "train.py", "--config", write_recipe(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_launchers_that_mpirun_has_started_beside_each_other_are_counted(monkeypatch):
+    monkeypatch.setattr("utils.distributed.asked_of_launcher", lambda: Asked(4, "--num_processes 4", None))
+    with pytest.raises(UserError, match=r"asked for 4 processes \(--num_processes 4\) and has started 1:"):
+        check_launch()
+    monkeypatch.setenv("PMI_SIZE", "4")
+    check_launch()
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(UserError, match="asked for 4 processes"):
+        check_launch()

@@ -3,13 +3,15 @@
 name_failing_process()
 """
 
+import contextlib
+import functools
+import io
 import sys
 import time
-import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 from utils.launch import processes_started, this_process
-from utils.redaction import redact
 
 OTHERS_WAIT_S = 5
 """What stops the main process mostly stops the others too. It speaks first, and the launcher then ends them; what an
@@ -23,18 +25,21 @@ _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL"
 def name_failing_process() -> None:
     """From now on, an exception that ends this process is told whole and in one piece, with the process's name.
 
-    Python alone writes a traceback line by line, and those of several processes run into each other. Nothing changes
-    for a process that is alone.
+    Python alone writes a traceback line by line, and those of several processes run into each other. What is told of it
+    stays with the hook that is there. Nothing changes for a process that is alone.
     """
     if processes_started() > 1:
-        sys.excepthook = _tell
+        sys.excepthook = functools.partial(_tell, sys.excepthook)
 
 
-def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _tell(
+    hook: Callable[..., object], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     if _has_lost_another(error):
         time.sleep(OTHERS_WAIT_S)
-    told = redact("".join(traceback.format_exception(kind, error, trace)))
-    sys.stderr.write(f"\nerror: {this_process()}, has failed:\n{told}")
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        hook(kind, error, trace)
+    sys.stderr.write(f"\nerror: {this_process()}, has failed:\n{told.getvalue()}")
     sys.stderr.flush()
 
 
