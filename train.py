@@ -275,8 +275,8 @@ def _trainer(
 
 
 def main() -> int:
-    """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first, or another process of
-    it was lost."""
+    """Exit codes: 0 when the run ended well, 2 when its recipe, data or machine must change first, or another of its
+    processes was lost."""
     set_up_logging()
     try:
         command = read_command_line(sys.argv[1:])
