@@ -216,7 +216,8 @@ def _show_costs(config: RunConfig) -> None:
 
 def main() -> int:
     """Exit codes: 0 when the run ended well, 1 when it repeated another and its weights differ, 2 when its recipe, data
-    or machine must change first, and 128 and a signal's number when that has ended it."""
+    or machine must change first, or another of its processes was lost, and 128 and a signal's number when that has
+    ended it."""
     fix_allocator()
     set_up_logging()
     name_failing_process()

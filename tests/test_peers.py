@@ -20,9 +20,8 @@ def one_of_two(rank, folder):
     (folder / f"there-{rank}").touch()
     while len(list(folder.glob("there-*"))) < 2:  # on a busy machine one starts long after the other
         time.sleep(0.02)
-    timeout = timedelta(seconds=STEP_S)
     address = f"file://{folder / 'meeting'}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timeout)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     share(rank, folder)
     lose(rank, folder)
     os._exit(0)  # the groups are broken on purpose: nobody takes leave
@@ -46,7 +45,9 @@ def reduce(group, note=None):
 
 
 def lose(rank, folder):
-    patience, steps, last = PatientGroup(), torch.distributed.new_group(), torch.distributed.new_group()
+    patience, last = PatientGroup(), torch.distributed.new_group()
+    torch.distributed.barrier()  # so that they connect to each other in a step's time
+    steps = torch.distributed.new_group(timeout=timedelta(seconds=STEP_S))
     if rank == 0:
         silent = r"does not answer: it hangs, or the link .* is cut \(.*gloo.*imed out"
         with pytest.raises(UserError, match=silent), lost_processes_told(folder):
@@ -54,7 +55,7 @@ def lose(rank, folder):
         (folder / "checkpoint-7").mkdir()
     else:
         time.sleep(2.5 * STEP_S)
-    patience.wait()  # of these, the first process waits for longer than a step may take
+    patience.wait()  # the first process has been here for a while, and the second worked alone
     if rank == 1:
         os._exit(0)
     gone = r"has ended, or its machine has; .*in step 9; .*gloo.* is .*checkpoint-7; start"
