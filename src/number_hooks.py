@@ -198,6 +198,7 @@ class NumberHooks:
         self.best.over = True
         if self.best.step in (None, self.state.global_step):
             return
+        self.accelerator.wait_for_everyone()  # for the main process, which puts checkpoints in their place
         folder = Path(self.args.output_dir) / f"checkpoint-{self.best.step}"
         if problem := damage(folder):
             raise UserError(

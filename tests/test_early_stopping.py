@@ -91,16 +91,6 @@ def test_a_run_that_goes_on_stops_where_one_that_was_never_stopped_does(stopped)
         assert lines(run) == lines(stopped / "whole")
 
 
-def test_without_patience_the_last_weights_are_the_result(stopped, tmp_path):
-    done = run_train(
-        *("--config", stopped / "recipe.yaml", "--evaluation.patience", "null", "--training.max_steps", "12"),
-        *("--output.folder", tmp_path, "--evaluation.exact_match", "False"),
-    )
-    assert done.code == 0, done.stderr
-    result = result_of(tmp_path / "run")
-    assert (result["steps"], result["best"], result["skipped_steps"]) == (12, None, 0)
-
-
 def test_an_evaluation_that_is_not_finite_is_told_and_is_never_the_best(tmp_path, caplog):
     best, state, control = BestEvaluation(1, CheckpointWriter(tmp_path, keep=1)), TrainerState(), TrainerControl()
     for step, loss in ((1, 3.0), (2, math.nan)):
