@@ -168,7 +168,7 @@ def sentence(record: dict[str, Any]) -> str:
         "forward": f"first in the output of {record['module']}",
         "loss": "while the outputs of all modules are finite",
         "backward": f"first in the gradients that {record['module']} makes",
-        None: "which the weights do not show again",
+        None: "in a module that is not known, as its batch shows it no more or the weights are sharded",
     }
     text = (
         f"step {record['step']}: {what} is not finite, {places[record['place']]}; the step was left out. Rows: "

@@ -137,13 +137,16 @@ class NumberHooks:
         with open(self._bad_batches, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def stop_on_bad_numbers(self) -> None:
+    def stop_on_bad_numbers(self, *, saves: bool = False) -> None:
         """End the run if it must; every process calls this together.
 
+        Args:
+            saves: whether the weights are about to be saved, and so are looked at even if no step was bad.
         Raises:
             UserError: weights are spoiled, or more steps in a row were left out than may be.
         """
-        self._stop_if_spoiled()
+        if saves or self.numbers.in_a_row:
+            self._stop_if_spoiled()
         if self.numbers.too_many:
             raise UserError(
                 f"the loss or the gradient was not finite in {self.numbers.in_a_row} step(s) in a row, up to step "
@@ -196,6 +199,7 @@ class NumberHooks:
         self.best.over = True
         if self.best.step in (None, self.state.global_step):
             return
+        self.accelerator.wait_for_everyone()  # for the main process, which puts checkpoints in their place
         folder = Path(self.args.output_dir) / f"checkpoint-{self.best.step}"
         if problem := damage(folder):
             raise UserError(

@@ -31,8 +31,8 @@ THRESHOLD = 6.0
 freedom) losses it takes 0, 0 and 5; see docs/numbers.md."""
 
 MEMORY, MOST = 256, 4
-"""Steps in which so many losses that stand out are spikes. If there are more, the data has hard steps as a rule, such as
-those of a second source, and they are none."""
+"""Steps in which so many losses that stand out are spikes. If there are more, the data has hard steps as a rule, as
+from a second source, and they are none."""
 
 SMALLEST_SPREAD = 0.01
 """Least deviation of the logarithm, one percent: of batches that are all alike, each would stand out."""

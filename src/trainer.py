@@ -378,7 +378,7 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """A checkpoint that is complete or absent."""
         self.watch_numbers()
-        self.stop_on_bad_numbers()
+        self.stop_on_bad_numbers(saves=True)
         self._update_tokens_seen()
         # DeepSpeed's optimizer keeps its state where only its own methods find it.
         size = 0 if self.is_deepspeed_enabled else state_bytes(self.accelerator.unwrap_model(model), self.optimizer)

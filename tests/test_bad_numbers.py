@@ -8,8 +8,10 @@ import copy
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -19,13 +21,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
 from src.bad_modules import BadModule, bad_weights, first_bad_module
+from src.batches import StepSplit
 from src.number_watch import OVERFLOWS_IN_A_ROW, NumberWatch
-from src.packing import PackedRows
+from src.packing import PackCollator, PackedRows
 from src.step_guard import inner_optimizer, takes_found_inf
+from src.step_rows import RecentSteps, excerpt
 from src.step_sums import StepFigures
+from src.streaming import StreamFeed
 from src.trainer import SFTTrainer
 from src.training_arguments import training_arguments
+from tests.test_streaming import stream_config, stream_of
 from tests.test_trainer import LENGTH, tiny_model, tiny_tokenizer, uneven_rows
+from tests.toy_tokenizer import toy_tokenizer
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -319,6 +326,33 @@ def test_overflows_of_fp16_are_counted_apart_until_its_scale_cannot_be_their_cau
     steps = OVERFLOWS_IN_A_ROW + 1
     assert [event.step for event in watch.take(4 + steps, [figures(bad_gradient=True)] * steps)] == [4 + steps]
     assert not NumberWatch(max_bad_steps=0).too_many
+
+
+def test_the_rows_of_a_stream_are_told_by_their_text(tmp_path):
+    feed = StreamFeed(stream_of(stream_config(tmp_path)), StepSplit(rows=2, accumulation_steps=2), seed=1, steps=9)
+    collate = PackCollator(0)
+    recent = RecentSteps(feed, collate)
+    texts = []
+    for step, (packs, _) in enumerate(islice(feed.marked_steps(), 3), start=1):
+        recent.keep(step, [collate(micro) for micro in packs])
+        ids = [
+            row
+            for micro in packs
+            for pack in micro
+            for row in np.split(pack["input_ids"], pack["lengths"].cumsum()[:-1])
+        ]
+        texts.append([row.tolist() for row in ids])
+    for step in (1, 2, 3):
+        batches = recent.of(step)
+        documents = [(batch, *document) for batch in batches for document in batch.documents()]
+        assert len(documents) == len(texts[step - 1])
+        for (batch, ids, labels), row in zip(documents, texts[step - 1], strict=True):
+            assert ids.tolist()[: len(row)] == row
+            told = excerpt(ids, labels, toy_tokenizer().decode)
+            supervised = [int(i) for i, label in zip(ids, labels, strict=True) if label != -100]
+            assert toy_tokenizer().decode(supervised).split()[:5] == told.split()[:5]
+            assert set(batch.names) == {"a streamed row"}
+    assert recent.of(4) == []
 
 
 LAUNCHED = """

@@ -168,6 +168,12 @@ def check(text, options):
         (VALID, "--data.train.0.split test", ["data.train.0.split=test", "a local file"]),
         (NO_EVAL, "--evaluation.exact_match True", ["evaluation.exact_match", "data.eval"]),
         (NO_EVAL, "--evaluation.every_steps 5", ["evaluation.every_steps=5", "data.eval_fraction"]),
+        (VALID, "--evaluation.patience 2", ["evaluation.patience=2", "evaluation.every_steps is left out"]),
+        (
+            VALID,
+            "--evaluation.patience 2 --evaluation.every_steps 5 --training.save_every_steps null",
+            ["evaluation.patience=2", "training.save_every_steps=null writes none"],
+        ),
         (VALID, "--hub.repo_id name", ["hub.repo_id=name", "owner/name"]),
         (VALID, "--tracking.project x", ["tracking.project=x", "tracking.report_to"]),
         (VALID, "--tracking.report_to wandb wandb", ["tracking.report_to=wandb, wandb"]),

@@ -1,12 +1,16 @@
 """A run whose evaluation gets worse stops if asked to, keeps its best checkpoint, and gives the weights of that."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
+from src.best_evaluation import BestEvaluation
 from tests.tiny_run import metrics_of, run_train, stop_after, weights_of, without_timings, write_recipe
+from utils.checkpointing import CheckpointWriter
 
 PATIENCE = 2
 
@@ -87,11 +91,22 @@ def test_a_run_that_goes_on_stops_where_one_that_was_never_stopped_does(stopped)
         assert lines(run) == lines(stopped / "whole")
 
 
-def test_without_patience_the_last_weights_are_the_result(stopped, tmp_path):
-    done = run_train(
-        *("--config", stopped / "recipe.yaml", "--evaluation.patience", "null", "--training.max_steps", "12"),
-        *("--output.folder", tmp_path, "--evaluation.exact_match", "False"),
-    )
-    assert done.code == 0, done.stderr
-    result = result_of(tmp_path / "run")
-    assert (result["steps"], result["best"], result["skipped_steps"]) == (12, None, 0)
+def test_an_evaluation_that_is_not_finite_is_told_and_is_never_the_best(tmp_path, caplog):
+    best, state, control = BestEvaluation(1, CheckpointWriter(tmp_path, keep=1)), TrainerState(), TrainerControl()
+    for step, loss in ((1, 3.0), (2, math.nan)):
+        state.global_step = step
+        best.on_evaluate(None, state, control, metrics={"eval_loss": loss})
+    assert "the evaluation loss of step 2 is not finite" in caplog.text
+    assert best.record() == {"step": 1, "eval_loss": 3.0}
+    assert control.should_training_stop
+
+
+def test_the_best_checkpoint_stays_however_many_are_newer(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.spared = 2
+    for step in (1, 2, 3, 4):
+        with writer.writing(step, main=True):
+            folder = writer.staging / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            (folder / "weights").write_text(str(step))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

@@ -61,6 +61,7 @@ def test_a_run_directory_holds_its_whole_record(full_run):
     assert data["train"]["rows_kept"] == 20
     assert data["eval"]["rows_kept"] == 4
     result = json.loads((full_run / "result.json").read_text())
+    assert (result["skipped_steps"], result["best"]) == (0, None)
     metrics = metrics_of(full_run)
     assert result["steps"] == 4
     assert result["parameters"]["total"] == sum(tensor.numel() for tensor in weights_of(full_run / "model").values())
