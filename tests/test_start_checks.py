@@ -348,6 +348,20 @@ def test_measuring_changes_neither_weights_nor_random_numbers_nor_modes(stories,
     assert start.loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.gpu
+def test_measuring_on_a_gpu_leaves_its_random_numbers_and_gives_the_loss_of_a_cpu(stories, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    rows = pieces_of(text_of("stories"), tokenizer)
+    trainer = trainer_of(model, tokenizer, rows, tmp_path)
+    random = torch.cuda.get_rng_state()
+    start = measure_start_loss(trainer, trainer.first_batches(1)[0])
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(stories, attn_implementation="eager")
+        expected = plain(torch.tensor(rows["input_ids"]), labels=torch.tensor(rows["input_ids"])).loss.item()
+    assert start.loss == pytest.approx(expected, rel=1e-3)  # products in TF32 have 11 bits
+
+
 @pytest.mark.parametrize(("spread", "tied"), [(0.02, True), (0.02, False), (0.2, False), (0.2, True)])
 def test_random_weights_begin_within_the_bounds_of_their_size(tmp_path, spread, tied):
     shape = {"initializer_range": spread, "tie_word_embeddings": tied}
