@@ -45,14 +45,14 @@ def fix_allocator() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, TRIM_BYTES))
 
 
-def resident_bytes(name: str = "VmHWM", process: str = "self") -> int | None:
-    """A figure of resident memory as Linux tells it in /proc/PID/status; None elsewhere.
+def resident_bytes(name: str = "VmHWM") -> int | None:
+    """A figure of this process's resident memory as Linux tells it in /proc/self/status; None elsewhere.
 
     Args:
         name: `VmHWM`, the most so far; `RssAnon`, what is no file's at present; `RssFile`, pages of mapped files.
     """
     try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 2**10 for line in lines if line.startswith(f"{name}:")), None)
