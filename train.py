@@ -39,9 +39,6 @@ if TYPE_CHECKING:  # torch and its company take seconds to import: only once the
 
 log = get_logger("train")
 
-MATTERS = ("world_size", "packages", "program_sha256", "threads", "device", "cpu_instructions")
-"""What of environment.json a run should go on with as it began."""
-
 OTHERS_WAIT_S = 5
 """What stops the main process mostly stops the others too. It speaks first, and the launcher then ends them; what an
 other process alone has met, such as a file that is missing on its machine, it says itself after this time."""
@@ -54,15 +51,14 @@ def train(command: CommandLine) -> None:
     from src.adapter_methods import check_method
     from src.adapter_starts import FIRST_BATCHES, start_from_batches
     from src.adapters import count_parameters
-    from src.data import known_digests, token_folder
-    from src.inputs import program_sha256, record_inputs
+    from src.data import token_folder
+    from src.inputs import record_origins
     from src.new_tokenizer import keep_tokenizer, with_tokenizer
     from src.pack_report import pack_report
     from src.packing import PackedRows
     from src.run import open_run, publish
     from utils.distributed import check_launch
     from utils.hub import check_access
-    from utils.reproducibility import environment
 
     disable_progress_bar()
     check_launch()
@@ -90,10 +86,7 @@ def train(command: CommandLine) -> None:
     run.record("config.json", to_dict(config), matters=("",), effect=effect_of)
     if own.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
         keep_tokenizer(own, run.path)
-    root = Path(__file__).parent
-    machine = environment(root) | {"program_sha256": program_sha256(root), "folder": str(Path.cwd())}
-    run.record("environment.json", machine, matters=MATTERS)
-    record_inputs(run, config, own, known_digests(cache_folder))
+    record_origins(run, config, own, cache_folder)
     packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)
     run.record("data.json", data.report | packs, matters=("sha256",))
 
