@@ -39,9 +39,6 @@ if TYPE_CHECKING:  # torch and its company take seconds to import: only once the
 
 log = get_logger("train")
 
-MATTERS = ("world_size", "packages", "program_sha256", "threads", "device", "cpu_instructions")
-"""What of environment.json a run should go on with as it began."""
-
 
 def train(command: CommandLine) -> None:
     """Recipe -> run -> data -> model -> trainer -> result -> Hub; or a trial of that."""
@@ -143,18 +140,13 @@ def _show(plan: "Plan", run: "Run", checks: "StartChecks") -> None:
 
 def _record(config: RunConfig, own: ModelConfig, run: "Run", report: dict[str, Any], cache_folder: Path) -> None:
     """Write what the run is, where it runs, what it starts from and what it learns from."""
-    from src.data import known_digests
-    from src.inputs import program_sha256, record_inputs
+    from src.inputs import record_origins
     from src.new_tokenizer import keep_tokenizer
-    from utils.reproducibility import environment
 
     run.record("config.json", to_dict(config), matters=("",), effect=effect_of)
     if own.tokenizer != config.model.tokenizer and run.checkpoint is None and is_main_process():
         keep_tokenizer(own, run.path)
-    root = Path(__file__).parent
-    machine = environment(root) | {"program_sha256": program_sha256(root), "folder": str(Path.cwd())}
-    run.record("environment.json", machine, matters=MATTERS)
-    record_inputs(run, config, own, known_digests(cache_folder))
+    record_origins(run, config, own, cache_folder)
     run.record("data.json", report, matters=("sha256",))
 
 

@@ -1,6 +1,6 @@
 """What a run starts from beside its data, as its record has it: base, tokenizer, adapters, template, and the program.
 
-    record_inputs(run, config, own, known_digests(cache_folder))      # inputs.json
+    record_origins(run, config, own, cache_folder)      # environment.json, inputs.json
     program_sha256(ROOT)
 
 A file is read for its hash once, about a second for each GB, and again only after it has changed: see `utils.digests`.
@@ -17,14 +17,20 @@ from huggingface_hub import try_to_load_from_cache
 
 from config.recipe import recipes_in
 from config.schema import ModelConfig, RunConfig
+from src.data import known_digests
 from src.run import Run
 from utils.digests import Digests
 from utils.launch import is_main_process
 from utils.logging import get_logger
+from utils.reproducibility import environment
 
 log = get_logger(__name__)
 
+ROOT = Path(__file__).resolve().parent.parent
 FILE = "inputs.json"
+
+MATTERS = ("world_size", "packages", "program_sha256", "threads", "device", "cpu_instructions")
+"""What of environment.json a run should go on with as it began."""
 
 TOKENIZER = (
     "tokenizer*",
@@ -43,15 +49,19 @@ PICKLES = ("*.bin", "*.bin.index.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def record_inputs(run: Run, config: RunConfig, own: ModelConfig, digests: Digests) -> None:
-    """Write inputs.json: by the field that names it, each input with its files' SHA-256, and a Hub repository's commit.
+def record_origins(run: Run, config: RunConfig, own: ModelConfig, cache_folder: Path) -> None:
+    """Write environment.json, and inputs.json: by the field that names it, each input with its files' SHA-256 and a Hub
+    repository's commit; the main process alone does.
 
     Args:
         own: `config.model` with the tokenizer that this run may have made.
-        digests: what is known of files from earlier runs.
+        cache_folder: where hashes of files are remembered.
     """
     if not is_main_process():
         return
+    machine = environment(ROOT) | {"program_sha256": program_sha256(ROOT), "folder": str(Path.cwd())}
+    run.record("environment.json", machine, matters=MATTERS)
+    digests = known_digests(cache_folder)
     found = {name: described(path, digests, revision) for name, (path, revision) in _named(config, own).items()}
     try:
         digests.save()

@@ -18,7 +18,7 @@ from config.model_schema import TRAIN
 from config.schema import HubConfig, ModelConfig, RunConfig, SourceConfig, TrackingConfig
 from src.data import known_digests, token_folder
 from src.inputs import FILE as INPUTS
-from src.inputs import described, program_sha256
+from src.inputs import ROOT, described, program_sha256
 from src.run import CHANGES
 from utils.digests import Digests
 from utils.errors import UserError
@@ -28,8 +28,6 @@ from utils.reproducibility import environment
 from utils.weights_digest import weights_sha256
 
 log = get_logger(__name__)
-
-ROOT = Path(__file__).resolve().parent.parent
 
 ROUNDED = "sums may be taken in another order, and the weights be rounded otherwise"
 OTHER_RESULT = "the run learns from something else, so that its weights differ"
