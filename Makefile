@@ -12,7 +12,7 @@ train: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
 
-# About 7 minutes of one core for 100,000; another SEED makes others. What is found stays in finds/.
+# About 15 minutes of one core; another SEED makes other inputs. What is found stays in finds/.
 INPUTS ?= 100000
 SEED ?= 0
 fuzz: $(VENV)/.fuzz

@@ -44,11 +44,11 @@ SHORT = 4000
 
 
 def refused(read, match):
-    """The message of a refusal, which comes within a second of the processor's time."""
+    """The message of a refusal, which comes within seconds of the processor's time: what it mends took hours."""
     started = time.process_time()
     with pytest.raises((UserError, ConfigError), match=match) as raised:
         read()
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 10
     assert len(str(raised.value)) < SHORT
     return str(raised.value)
 
@@ -273,18 +273,19 @@ def test_an_odd_template_or_token_of_a_tokenizer_is_no_crash_on_the_way_to_gguf(
     assert parts.named == {}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch tells that quantized tensors will go
 @pytest.mark.parametrize(
-    "tensor",
+    "make",
     [
-        torch.eye(3).to_sparse(),
-        torch.empty(3, device="meta"),
-        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.empty(3, device="meta"),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     ],
 )
-def test_tensors_that_are_not_plain_numbers_are_refused(tensor, tmp_path):
+def test_tensors_that_are_not_plain_numbers_are_refused(make, tmp_path):
     meta_reference.write(tmp_path / "meta", "2")
     shard = tmp_path / "meta" / "consolidated.00.pth"
-    torch.save(torch.load(shard, weights_only=True) | {"norm.weight": tensor}, shard)
+    torch.save(torch.load(shard, weights_only=True) | {"norm.weight": make()}, shard)
     refused(lambda: meta.read(tmp_path / "meta", ReadOptions(meta_version="2")), "consolidated.00.pth")
 
 

@@ -56,7 +56,7 @@ def pickled_tensors(path: Path) -> dict[str, torch.Tensor]:
     content = read_saved(path)
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, no tensor; give a file of weights alone")
+            raise UserError(f"{path}: {name} is a {type(value).__name__}, no tensor; give a file of weights alone")
         _check_plain(path, name, value)
     return content
 
