@@ -271,6 +271,8 @@ def _trainer(
         callbacks=[Progress(), metrics, answers],
     )
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))
+    if run.checkpoint is not None:
+        trainer.restore_order(run.checkpoint)
     return trainer
 
 

@@ -136,6 +136,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
         )
         self.order = RowOrder(dict(order_settings or {}) | {"processes": args.world_size})
         self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
+        self._order_of: Path | None = None  # the checkpoint that the feed was put to, until training begins
         self._ready: ReadySteps | None = None  # reads the feed ahead of that
         self.add_callback(FeedPlace(lambda: self.feed))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
@@ -154,12 +155,15 @@ class SFTTrainer(OptimizerHooks, Trainer):
                 check_documents_apart(self.accelerator.unwrap_model(self.model))
         if self.args.should_save:
             self.checkpoints.discard_unfinished()
-        self.feed = self._new_feed()
+        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint is None:
+            self.feed = self._new_feed()
+        elif checkpoint != self._order_of:
+            self.restore_order(checkpoint)
+        self._order_of = None
         self.args.max_steps = self.feed.steps
-        if resume_from_checkpoint:
-            self.order.restore(Path(resume_from_checkpoint), self.feed)
-            if (sums := Path(resume_from_checkpoint) / SUMS).is_file():  # an older checkpoint has none
-                self.sums.load_state(json.loads(sums.read_text(encoding="utf-8")), self.accelerator)
+        if checkpoint and (sums := checkpoint / SUMS).is_file():  # an older checkpoint has none
+            self.sums.load_state(json.loads(sums.read_text(encoding="utf-8")), self.accelerator)
         self._ready = self._new_steps()
         self.sums.take_unseen()
         try:
@@ -168,6 +172,16 @@ class SFTTrainer(OptimizerHooks, Trainer):
             return result
         finally:
             self._ready.close()
+
+    def restore_order(self, checkpoint: Path) -> None:
+        """Go to where a checkpoint stands in the data, before anything is written for the run that goes on.
+
+        Raises:
+            UserError: the rows before it are others now; see `src.row_order`.
+        """
+        self.feed = self._new_feed()
+        self.order.restore(checkpoint, self.feed)
+        self._order_of = checkpoint
 
     def _new_meter(self) -> Meter:
         """What tells the share of the device's matrix rate, where nothing parts the weights over processes."""
