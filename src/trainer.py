@@ -172,6 +172,7 @@ class SFTTrainer(OptimizerHooks, Trainer):
             return result
         finally:
             self._ready.close()
+            self.checkpoints.wait()
 
     def restore_order(self, checkpoint: Path) -> None:
         """Go to where a checkpoint stands in the data, before anything is written for the run that goes on.
