@@ -79,7 +79,12 @@ class Killed:
         number = self.random.choice(SIGNALS)
         run = self.run(name)
         shutil.rmtree(run / ".checkpoint", ignore_errors=True)  # so that one is of this process
-        if self.random.random() < 0.6:
+        kind = self.random.random()
+        if kind < 0.3:  # among the first operations of a save that Python does, of which each has more than 20
+            number = signal.SIGKILL
+            die = {"at": self.random.randint(1, 20), "by": number, "below": str(run / ".checkpoint")}
+            code = self.resume(name, die=die).wait()
+        elif kind < 0.7:
             die = {"at": self.random.randint(1, self.events // 3), "by": number, "below": str(run)}
             code = self.resume(name, die=die).wait()
         else:
