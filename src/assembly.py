@@ -200,4 +200,6 @@ def build_trainer(
         callbacks=[Sharded(), Progress(), metrics, answers],
     )
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))
+    if run.checkpoint is not None:
+        trainer.restore_order(run.checkpoint)
     return trainer

@@ -142,7 +142,7 @@ def make_plan(
         precision: number formats, in a line.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    feed = trainer.planned_feed()
+    feed = trainer.new_feed()
     sample = trainer.first_batches(SAMPLED_BATCHES)
     first_step = step_of(run.checkpoint) if run.checkpoint else 0
     weights = _weights(model)

@@ -1,6 +1,6 @@
 """Tokens, supervised tokens and padding of every step of a run, counted before the first one.
 
-    counts = count_steps(trainer.planned_feed(), pad_id=0, flat=False)
+    counts = count_steps(trainer.new_feed(), pad_id=0, flat=False)
     counts.tokens.sum()            # what metrics.jsonl will have as `tokens` in its last line
 
 Nothing is estimated: the run's own feed gives the packs of each step, and what a pack holds is counted in its rows.

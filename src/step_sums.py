@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
+from transformers.training_args import TrainingArguments
 
-from utils.metrics import Counted, Meter
+from src.adapters import count_parameters
+from utils.metrics import Counted, Meter, matrix_rate, work_of
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,9 @@ class StepSums:
         self._steps = 0
         self._tokens.zero_()
         self.meter.clear()
+
+
+def meter_of(model: PreTrainedModel, args: TrainingArguments) -> Meter:
+    """What tells the share of the device's matrix rate, for a model that is whole in this process."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+    return Meter(work_of(model, count_parameters(model)), matrix_rate(args.device.type, dtype))

@@ -27,7 +27,7 @@ from transformers.training_args import TrainingArguments
 from config.schema import OptimConfig
 from src.activations import offload_activations
 from src.adapter_paths import activate
-from src.adapters import casts_left_to_autocast, count_parameters, layers_without_dropout
+from src.adapters import casts_left_to_autocast, layers_without_dropout
 from src.attention import tell_borders
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, StepSplit
@@ -38,13 +38,13 @@ from src.optim import OptimizerHooks
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.row_order import RowOrder
 from src.sharding import sum_gradients_in_float32
-from src.step_sums import StepSums
+from src.step_sums import StepSums, meter_of
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter, state_bytes
 from utils.errors import UserError
 from utils.logging import get_logger
-from utils.metrics import Meter, matrix_rate, work_of
+from utils.metrics import Meter
 from utils.peers import PatientGroup
 
 log = get_logger(__name__)
@@ -139,13 +139,15 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
         )
         self.order = RowOrder(dict(order_settings or {}) | {"processes": args.world_size})
         self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
+        self._order_of: Path | None = None  # the checkpoint that the feed was put to, until training begins
         self._ready: ReadySteps | None = None  # reads the feed ahead of that
         self._patience = PatientGroup()
         sum_gradients_in_float32(self)
         self.add_callback(FeedPlace(lambda: self.feed))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._adapted = layers_without_dropout(model) if args.bf16 or args.fp16 else []
-        self.sums = StepSums(self._new_meter(), device=args.device)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.sums = StepSums(Meter(None, None) if sharded else meter_of(self.model, args), device=args.device)
         self.watch_from(max_bad_steps=max_bad_steps, patience=patience)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
@@ -159,10 +161,13 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
                 check_documents_apart(self.accelerator.unwrap_model(self.model))
         if self.args.should_save:
             self.checkpoints.discard_unfinished()
-        self.feed = self._new_feed()
+        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint is None:
+            self.feed = self.new_feed()
+        elif checkpoint != self._order_of:
+            self.restore_order(checkpoint)
+        self._order_of = None
         self.args.max_steps = self.feed.steps
-        if resume_from_checkpoint:
-            self.order.restore(Path(resume_from_checkpoint), self.feed)
         self._ready = self._new_steps()
         self.sums.take_unseen()
         self.begin_numbers(resume_from_checkpoint)
@@ -175,28 +180,27 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
             raise
         finally:
             self._ready.close()
+            self.checkpoints.wait()
         self.check_numbers_at_end()
         return result
 
-    def _new_meter(self) -> Meter:
-        """What tells the share of the device's matrix rate, where nothing parts the weights over processes."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return Meter(None, None)
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-        work = work_of(self.model, count_parameters(self.model))
-        return Meter(work, matrix_rate(self.args.device.type, dtype))
+    def restore_order(self, checkpoint: Path) -> None:
+        """Go to where a checkpoint stands in the data, before anything is written for the run that goes on.
 
-    def _new_feed(self) -> PackFeed | StreamFeed:
-        """The micro-batches of the whole run."""
+        Raises:
+            UserError: the rows before it are others now; see `src.row_order`.
+        """
+        self.feed = self.new_feed()
+        self.order.restore(checkpoint, self.feed)
+        self._order_of = checkpoint
+
+    def new_feed(self) -> PackFeed | StreamFeed:
+        """The micro-batches of the whole run, from its first one on."""
         seed, max_steps = self.args.data_seed, self.args.max_steps if self.args.max_steps > 0 else None
         if isinstance(self.train_dataset, RowStream):
             return StreamFeed(self.train_dataset, self._split, seed=seed, steps=max_steps)
         epochs = self.args.num_train_epochs
         return PackFeed(self.train_dataset, self._split, seed=seed, epochs=epochs, max_steps=max_steps)
-
-    def planned_feed(self) -> PackFeed | StreamFeed:
-        """The steps of a run that starts, before training begins."""
-        return self._new_feed()
 
     def _new_steps(self) -> ReadySteps:
         return ReadySteps(
@@ -358,7 +362,7 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
     def first_batches(self, number: int) -> list[Batch]:
         """The first micro-batches of this process in a run that starts, on its device, at most so many."""
         batches: list[Batch] = []
-        for packs in self._new_feed():
+        for packs in self.new_feed():
             batches.append(self._on_device(self.data_collator(packs)))
             if len(batches) == number:
                 break

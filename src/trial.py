@@ -185,10 +185,10 @@ class TrialTrainer(SFTTrainer):
 
     def run_feed(self) -> Any:
         """The feed of the run that the trial is for."""
-        return super()._new_feed()
+        return super().new_feed()
 
-    def _new_feed(self) -> Any:
-        return self.trial_feed or super()._new_feed()
+    def new_feed(self) -> Any:
+        return self.trial_feed or super().new_feed()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.phases.begin()

@@ -107,7 +107,7 @@ def build(
 
 def step_of_row(trainer, row):
     """The step in which a row is trained first."""
-    feed = trainer._new_feed()
+    feed = trainer.new_feed()
     packs = [pack for pack, rows in enumerate(feed.packs.packs) if row in rows]
     return next(step for step in range(1, 99) if any(packs[0] in micro for micro in feed.packs_of(step)))
 

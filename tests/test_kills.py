@@ -70,22 +70,31 @@ class Killed:
             shutil.rmtree(run, ignore_errors=True)
         return self.start(name, *(["--resume"] if goes_on else []), **more)
 
-    def die_once(self, name: str) -> None:
-        """Start a process of a run, and kill it at a random file operation or at a random time."""
+    def die_once(self, name: str) -> bool:
+        """Start a process of a run, and kill it at a random file operation or at a random time.
+
+        Returns:
+            Whether it was killed; else it had ended, or was about to.
+        """
         number = self.random.choice(SIGNALS)
         run = self.run(name)
         shutil.rmtree(run / ".checkpoint", ignore_errors=True)  # so that one is of this process
-        if self.random.random() < 0.6:
-            die = {"at": self.random.randint(1, self.events), "by": number, "below": str(run)}
+        kind = self.random.random()
+        if kind < 0.3:  # among the first operations of a save that Python does, of which each has more than 20
+            number = signal.SIGKILL
+            die = {"at": self.random.randint(1, 20), "by": number, "below": str(run / ".checkpoint")}
+            code = self.resume(name, die=die).wait()
+        elif kind < 0.7:
+            die = {"at": self.random.randint(1, self.events // 3), "by": number, "below": str(run)}
             code = self.resume(name, die=die).wait()
         else:
             child = self.resume(name)
             self.wait_for_a_step()
-            time.sleep(self.random.uniform(0, self.seconds))
+            time.sleep(self.random.uniform(0, self.seconds / 4))
             os.kill(child.pid, number)
             code = child.wait()
         if code == 0:
-            return  # it had ended, or was about to
+            return False
         assert code in {-number, 128 + number}, self.said()
         saved = re.search(rf"stopped by {number.name} after step (\d+), which is saved", self.said())
         if saved:
@@ -93,6 +102,7 @@ class Killed:
             assert (run / f"checkpoint-{saved[1]}").is_dir()
             assert not (run / ".checkpoint").exists()
         self.kills.append(f"{number.name} {self.where(run, saved and saved[1])}")
+        return True
 
     def where(self, run: Path, saved: str | None) -> str:
         """What a process was at when it was killed."""
@@ -103,9 +113,10 @@ class Killed:
         return "training" if "/9  loss " in self.said() else "before the first line, or after the last step"
 
     def live(self, name: str, kills: int) -> None:
-        """Kill a run so often, let it end, and compare it with the one that was never stopped."""
+        """Kill a run so often, unless it ends before; let it end, and compare it with the one never stopped."""
         for _ in range(kills):
-            self.die_once(name)
+            if not self.die_once(name):
+                break
         assert self.resume(name).wait() == 0, self.said()
         run, whole = self.run(name), self.run("whole")
         assert_same_run(run, whole)
@@ -128,8 +139,9 @@ def test_thirty_kills_change_nothing(fork_server, tmp_path):
     kills = []
     for kind in ("full", "lora", "stream"):
         killed = Killed(fork_server, tmp_path / kind, kind, seed=int(os.environ.get("KILL_SEED", "0")))
-        for number in range(4):
-            killed.live(f"run{number}", 4)
+        for life in range(10):
+            if len(killed.kills) < 12:
+                killed.live(f"run{life}", 4)
         print(kind, killed.kills)
         kills += killed.kills
     assert len(kills) >= 30, kills

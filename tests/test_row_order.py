@@ -132,8 +132,10 @@ def test_a_run_goes_on_with_other_data_only_where_a_setting_explains_it(six_step
     assert list(before) == [1, 2, 3, 4, 5, 6]
     assert json.loads((run / "checkpoint-4" / "order.json").read_text())["chain"] == before[4]
     write_rows(train_file, [conversation("count to one and then more", "one two three"), *chat_rows()[1:]])
+    record = (run / "data.json").read_text()
     done = resume(six_steps)
     assert done.code == 2
+    assert (run / "data.json").read_text() == record, "the digests of the data that was trained on stay"
     assert "error: the rows up to step 4 (chain" in done.stderr
     assert "are not those that checkpoint-4 was trained on, and no setting that orders them has changed" in done.stderr
     train_file.write_text(text)

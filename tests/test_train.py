@@ -276,7 +276,10 @@ def test_resuming_on_other_data_or_other_processes_is_told(tmp_path):
     recipe, run = write_recipe(tmp_path), tmp_path / "outputs" / "run"
     assert run_train("--config", recipe).code == 0
     stop_after(run, 2)
-    write_rows(tmp_path / "train.jsonl", chat_rows()[::-1])
+    rows = chat_rows()
+    answer = rows[2]["messages"][1]  # of which one word is another, so that the row keeps its length
+    answer["content"] = answer["content"].replace("zero", "nine", 1)
+    write_rows(tmp_path / "train.jsonl", rows)
     environment = json.loads((run / "environment.json").read_text())
     (run / "environment.json").write_text(json.dumps(environment | {"world_size": 4}))
     done = run_train("--config", recipe, "--resume")

@@ -200,9 +200,13 @@ class CheckpointWriter:
         Raises:
             UserError: a file of it cannot be written.
         """
+        self.wait()
+        self.raise_failure()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is in its place, or is known not to come there."""
         if self._thread is not None:
             self._thread.join()
-        self.raise_failure()
 
     def raise_failure(self) -> None:
         """Raise what has kept the last checkpoint from its place, if that is known yet, once."""

@@ -32,7 +32,7 @@ class AskedToEnd:
     def restore(self) -> None:
         """Let the signals do what they did before."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was none of Python's
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
