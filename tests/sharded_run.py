@@ -81,6 +81,7 @@ def _outcome(command: Command, rank: int) -> str:
     """What a command ended with; an error that is not the user's ends all."""
     import train
     from config.loader import ConfigError, read_command_line
+    from src import assembly
     from utils.errors import UserError
 
     torch.distributed.barrier()
@@ -90,7 +91,11 @@ def _outcome(command: Command, rank: int) -> str:
         torch.distributed.barrier()
         return ""
     try:
-        with mock.patch.object(train, "_arguments", partial(_on_an_accelerator, train._arguments)):
+        own = partial(_on_an_accelerator, assembly.trainer_arguments)
+        with (
+            mock.patch.object(assembly, "trainer_arguments", own),
+            mock.patch.object(assembly, "check_engine", lambda device: None),  # as where there is an accelerator
+        ):
             train.train(read_command_line(list(map(str, command))))
     except (ConfigError, UserError) as error:
         return str(error)

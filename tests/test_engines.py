@@ -29,7 +29,7 @@ def test_sharded_weights_are_told_from_whole_ones():
 
 
 def test_a_run_that_asked_for_fsdp_and_has_whole_weights_stops_before_its_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.engines.check_engine", lambda device: None)  # as where there is an accelerator
+    monkeypatch.setattr("src.assembly.check_engine", lambda device: None)  # as where there is an accelerator
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     done = run_train("--config", write_recipe(tmp_path))
