@@ -21,8 +21,8 @@ from utils.logging import get_logger
 
 log = get_logger(__name__)
 
-LEAVE_S = 0.2
-"""Seconds that the threads of a process group have to give up what they hold."""
+LEAVE_S = 0.5
+"""Seconds that the threads of a process group have to give up what they hold; they look for it every 5 ms."""
 
 
 def accelerator_name() -> str:
@@ -67,10 +67,12 @@ def shards_weights() -> bool:
 def leave_group() -> None:
     """Leave the group of processes; to be called when nothing that used it is needed any more.
 
-    A thread of the group that still has to give up a tensor while the interpreter ends aborts the process
-    (pytorch/pytorch#179291). It needs the interpreter's lock for that, which it gets during the pause.
+    A thread of the group that still has to give up a tensor needs the interpreter's lock for that, which it gets during
+    the pause. Without one it aborts the process as the interpreter ends (pytorch/pytorch#179291), or waits for ever: it
+    holds the group's own lock, for which the group waits that is collected here, with the interpreter's lock in hand.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(LEAVE_S)
         torch.distributed.destroy_process_group()
         gc.collect()
         time.sleep(LEAVE_S)
