@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.effects import effect_of
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
-from config.schema import ModelConfig, RunConfig
+from config.schema import HubConfig, ModelConfig, RunConfig
 from src.run_lock import run_lock
 from utils.errors import UserError
 from utils.failures import OTHERS_WAIT_S, name_failing_process
@@ -54,23 +54,14 @@ def train(command: CommandLine) -> None:
     from src.run import open_run
     from src.start_checks import StartChecks
     from src.stopping import stoppable
-    from src.trial import begin_trial, run_trial, trial_config
-    from utils.hub import check_access
+    from src.trial import run_trial
 
     disable_progress_bar()
     started, config = time.perf_counter(), command.config
-    if command.trial:
-        config = trial_config(config, command.trial)
-        begin_trial(command.trial)
-    pushes = config.hub.repo_id is not None and is_main_process()
     _check_start(config)
     checks = StartChecks(command.force, plans=command.plan)
-    goes_on = command.resume and not command.trial
-    run = open_run(config.output, resume=goes_on, resume_from=command.resume_from, plans=command.plan)
-    if pushes:
-        checks.attempt(
-            "hub_access", partial(check_access, config.hub.repo_id, private=config.hub.private, create=False)
-        )
+    run = open_run(config.output, resume=command.resume, resume_from=command.resume_from, plans=command.plan)
+    _check_hub(config.hub, checks, create=False)
     args = trainer_arguments(config, run)
     cache_folder = token_folder(config.data, config.output)
     own = with_tokenizer(
@@ -94,8 +85,7 @@ def train(command: CommandLine) -> None:
     if command.plan:
         return _show(plan, run, checks)
     checks.enforce()
-    if pushes:  # creates it: nothing else proves that it may be
-        checks.attempt("hub_access", partial(check_access, config.hub.repo_id, private=config.hub.private))
+    _check_hub(config.hub, checks, create=True)  # nothing else proves that it may be
     run.record("plan.json", plan.as_json(checks, before=run.plan()))
     _record(config, own, run, data.report | packs, cache_folder)
 
@@ -120,6 +110,14 @@ def _check_start(config: RunConfig) -> None:
     check_launch()
     check_method(config.adapter)
     check_sharding(config.model, config.adapter, config.optim)
+
+
+def _check_hub(config: HubConfig, checks: "StartChecks", *, create: bool) -> None:
+    """Make sure that the result may be pushed, if it is to be; the main process alone does."""
+    from utils.hub import check_access
+
+    if config.repo_id is not None and is_main_process():
+        checks.attempt("hub_access", partial(check_access, config.repo_id, private=config.private, create=create))
 
 
 def _show(plan: "Plan", run: "Run", checks: "StartChecks") -> None:
@@ -172,11 +170,15 @@ def _run(command: CommandLine) -> int:
     """Train, or plan or repeat a run, and return the exit code."""
     from src.reproduction import as_it_was, is_equal
     from src.stopping import StoppedError
+    from src.trial import begin_trial, trial_config
     from utils.distributed import leave_group
     from utils.peers import lost_processes_told
 
     if command.reproduce:
         command = as_it_was(command)
+    if command.trial:
+        command = replace(command, config=trial_config(command.config, command.trial))
+        begin_trial(command.trial)
     output, code = command.config.output, 0
     apart = command.plan or command.trial is not None  # they write nothing where a run may be at work
     try:

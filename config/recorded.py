@@ -1,6 +1,6 @@
 """The configuration of a run that is over, from its record.
 
-config = recorded_config(Path("outputs/smol"))      # as it was, but for where it is written: outputs/smol-reproduced
+recorded = recorded_config(Path("outputs/smol"))    # as it was, but for where it is written: outputs/smol-reproduced
 """
 
 import dataclasses

@@ -49,6 +49,7 @@ from src.trial import TrialTrainer
 from utils.distributed import accelerator_name, check_shared_folder, check_world, shards_weights, use_cores
 from utils.engines import Sharded, check_engine, check_parallelism
 from utils.logging import get_logger
+from utils.redaction import redacted
 
 log = get_logger(__name__)
 
@@ -194,7 +195,7 @@ def build_trainer(
         neftune_alpha=training.neftune_alpha,
         activation_offload=training.activation_offload,
         score=score,
-        order_settings=row_order_settings(to_dict(config)),
+        order_settings=redacted(row_order_settings(to_dict(config))),
         max_bad_steps=training.max_bad_steps,
         patience=config.evaluation.patience,
         callbacks=[Sharded(), Progress(), metrics, answers],

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import IterableDataset
+from transformers.training_args import TrainingArguments
 
 from src.packing import FILLER, PackedRows
 from utils.ahead import Halt
@@ -57,6 +58,21 @@ class StepSplit:
     def share(self, step: Sequence[Item]) -> Sequence[Item]:
         """Those of a step's micro-batches that this process takes."""
         return step[self.process :: self.processes]
+
+
+def split_of(args: TrainingArguments, tokens: int | None = None) -> StepSplit:
+    """The split that Trainer's settings say, for this process.
+
+    Args:
+        tokens: most tokens of a micro-batch, padding included. None: the settings count its packs.
+    """
+    return StepSplit(
+        rows=args.per_device_train_batch_size,
+        tokens=tokens,
+        accumulation_steps=args.gradient_accumulation_steps,
+        processes=args.world_size,
+        process=args.process_index,
+    )
 
 
 def micro_batches(lengths: np.ndarray, split: StepSplit, random: np.random.Generator) -> list[list[int]]:

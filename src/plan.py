@@ -256,8 +256,8 @@ def _files(config: RunConfig) -> tuple[str, ...]:
         ("samples.jsonl",) if config.evaluation.samples and (config.data.eval or config.data.eval_fraction) else ()
     )
     saved = ("checkpoint-N/",) if config.training.save_every_steps else ()
-    records = ("config.json", "environment.json", "data.json", "plan.json", "metrics.jsonl", "result.json")
-    return (*records, "README.md", *samples, *saved, "model/")
+    records = ("config.json", "environment.json", "inputs.json", "data.json", "plan.json")
+    return (*records, "metrics.jsonl", "result.json", "README.md", *samples, *saved, "model/")
 
 
 def _hub(config: RunConfig, checks: StartChecks) -> str | None:

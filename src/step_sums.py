@@ -118,7 +118,9 @@ class StepSums:
         self.meter.clear()
 
 
-def meter_of(model: PreTrainedModel, args: TrainingArguments) -> Meter:
-    """What tells the share of the device's matrix rate, for a model that is whole in this process."""
+def meter_of(model: PreTrainedModel, args: TrainingArguments, *, whole: bool) -> Meter:
+    """What tells the share of the device's matrix rate, for a model that is `whole` in this process."""
+    if not whole:
+        return Meter(None, None)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     return Meter(work_of(model, count_parameters(model)), matrix_rate(args.device.type, dtype))

@@ -328,12 +328,11 @@ class StreamFeed(IterableDataset):
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on after the step that was taken last, as plain JSON."""
         mark = self.mark
-        tallies = [tally.as_json() for tally in mark.tallies]
         return {
             "step": mark.step,
             "given": mark.given,
             "place": mark.place.as_json(),
-            "tallies": tallies,
+            "tallies": [tally.as_json() for tally in mark.tallies],
             "chain": mark.chain,
             "window": mark.window,
         }
@@ -344,9 +343,8 @@ class StreamFeed(IterableDataset):
         Raises:
             UserError: the file is no state of a feed.
         """
-        content = read_json_file(path, ANOTHER_CHECKPOINT)
         try:
-            self.load_state(content)
+            self.load_state(read_json_file(path, ANOTHER_CHECKPOINT))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no place in a stream ({in_one_line(error)}); {ANOTHER_CHECKPOINT}") from error
 

@@ -30,7 +30,7 @@ from src.adapter_paths import activate
 from src.adapters import casts_left_to_autocast, layers_without_dropout
 from src.attention import tell_borders
 from src.attention_choice import check_documents_apart, takes_borders
-from src.batches import PackFeed, StepSplit
+from src.batches import PackFeed, split_of
 from src.loss import Scored, SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.number_hooks import NumberHooks
@@ -42,9 +42,8 @@ from src.step_sums import StepSums, meter_of
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
 from utils.checkpointing import CheckpointWriter, state_bytes
-from utils.errors import UserError
+from utils.distributed import check_one_gpu
 from utils.logging import get_logger
-from utils.metrics import Meter
 from utils.peers import PatientGroup
 
 log = get_logger(__name__)
@@ -53,6 +52,18 @@ log = get_logger(__name__)
 def _whole(step: ReadyStep) -> ReadyStep:
     """A step as it was made ready: what torch's DataLoader would collate is collated."""
     return step
+
+
+def _collators(
+    model: PreTrainedModel, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PackCollator, PackCollator]:
+    """Those of training and of evaluation, whose packs stay rows of their own."""
+    told = takes_borders(model)
+    flat = model.config._attn_implementation.startswith("flash")
+    if flat:
+        args.per_device_eval_batch_size = 1  # so that a row of figures still stands for one pack
+    training = PackCollator(tokenizer.pad_token_id, flat=told, tells_longest=told)
+    return training, PackCollator(tokenizer.pad_token_id, flat=flat, tells_longest=told)
 
 
 def _token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
@@ -69,6 +80,12 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
 
     loss_is_scaled_for_ga = True
     """Tells Trainer that `compute_loss` divides by the whole accumulated batch already."""
+
+    feed: PackFeed | StreamFeed | None = None
+    """Made when training begins; stands at the step that trains."""
+
+    _order_of: Path | None = None  # the checkpoint that the feed was put to, until training begins
+    _ready: ReadySteps | None = None  # reads the feed ahead of that
 
     def __init__(
         self,
@@ -104,50 +121,33 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
         Raises:
             UserError: several GPUs are visible to one process.
         """
-        told = takes_borders(model)
-        flat = model.config._attn_implementation.startswith("flash")
-        if flat:
-            args.per_device_eval_batch_size = 1  # so that a row of figures still stands for one pack
-        self._eval_collator = PackCollator(tokenizer.pad_token_id, flat=flat, tells_longest=told)
+        collator, self._eval_collator = _collators(model, args, tokenizer)
         super().__init__(
             model=model,
             args=args,
-            data_collator=PackCollator(tokenizer.pad_token_id, flat=told, tells_longest=told),
+            data_collator=collator,
             train_dataset=train_packs,
             eval_dataset=eval_packs,
             processing_class=tokenizer,
             compute_metrics=_token_weighted_loss,
             callbacks=list(callbacks),
         )
-        if args.n_gpu > 1:
-            raise UserError(
-                f"one process sees {args.n_gpu} GPUs; start one for each with `accelerate launch train.py ...`, or "
-                "show it one with CUDA_VISIBLE_DEVICES=0"
-            )
+        check_one_gpu(args.n_gpu)
         self.optim = optim or OptimConfig()
         self.model_accepts_loss_kwargs = True  # Trainer's word for: the loss is not divided by accumulation again
         self.score = score or SupervisedLoss()
         self.neftune_alpha = neftune_alpha
         self.activation_offload = activation_offload
         self.checkpoints = CheckpointWriter(Path(args.output_dir), keep=keep_checkpoints)
-        self._split = StepSplit(
-            rows=args.per_device_train_batch_size,
-            tokens=tokens_per_micro_batch,
-            accumulation_steps=args.gradient_accumulation_steps,
-            processes=args.world_size,
-            process=args.process_index,
-        )
+        self._split = split_of(args, tokens_per_micro_batch)
         self.order = RowOrder(dict(order_settings or {}) | {"processes": args.world_size})
-        self.feed: PackFeed | StreamFeed | None = None  # made when training begins; stands at the step that trains
-        self._order_of: Path | None = None  # the checkpoint that the feed was put to, until training begins
-        self._ready: ReadySteps | None = None  # reads the feed ahead of that
         self._patience = PatientGroup()
         sum_gradients_in_float32(self)
         self.add_callback(FeedPlace(lambda: self.feed))
         self.remove_callback(PrinterCallback)  # the run's own callbacks print
         self._adapted = layers_without_dropout(model) if args.bf16 or args.fp16 else []
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.sums = StepSums(Meter(None, None) if sharded else meter_of(self.model, args), device=args.device)
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self.sums = StepSums(meter_of(self.model, args, whole=whole), device=args.device)
         self.watch_from(max_bad_steps=max_bad_steps, patience=patience)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:

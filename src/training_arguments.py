@@ -5,6 +5,7 @@ args = training_arguments(run.path, config.optim, config.training, config.evalua
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.training_args import TrainingArguments
@@ -59,12 +60,7 @@ def training_arguments(
         UserError: the precision, the offload or the optimizer is not to be had on this machine, or a tracker is not
             installed.
     """
-    for tracker in tracking.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(
-                f"tracking.report_to names {tracker}, which is not installed; run `pip install {tracker}` (see "
-                "requirements/tracking.txt), or leave it out"
-            )
+    _check_trackers(tracking)
     if training.activation_offload:
         check_offload()
     bf16, fp16 = uses_autocast(training.precision) if autocasts else (False, False)
@@ -89,10 +85,7 @@ def training_arguments(
         logging_nan_inf_filter=False,
         save_strategy="steps" if training.save_every_steps else "no",
         save_steps=training.save_every_steps or 500,
-        eval_strategy="steps" if evaluates and evaluation.every_steps else "no",
-        eval_steps=evaluation.every_steps,
-        eval_on_start=evaluates and not resumes,
-        per_device_eval_batch_size=evaluation.micro_batch_rows,
+        **_evaluation_arguments(evaluation, evaluates=evaluates, resumes=resumes),
         label_names=["labels"],
         remove_unused_columns=False,
         ignore_data_skip=True,  # the feed itself goes to the step that a resumed run is at
@@ -102,12 +95,33 @@ def training_arguments(
         dataloader_pin_memory=accelerator_name() == "cuda",
         average_tokens_across_devices=False,  # the global step's tokens are counted here, not by Trainer
     )
-    _decide_precision(args)
     check_installed(args)
-    return args
+    return _with_own_precision(args)
 
 
-def _decide_precision(args: TrainingArguments) -> None:
+def _check_trackers(tracking: TrackingConfig) -> None:
+    """
+    Raises:
+        UserError: a tracker is not installed.
+    """
+    for tracker in tracking.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(
+                f"tracking.report_to names {tracker}, which is not installed; run `pip install {tracker}` (see "
+                "requirements/tracking.txt), or leave it out"
+            )
+
+
+def _evaluation_arguments(evaluation: EvaluationConfig, *, evaluates: bool, resumes: bool) -> dict[str, Any]:
+    return {
+        "eval_strategy": "steps" if evaluates and evaluation.every_steps else "no",
+        "eval_steps": evaluation.every_steps,
+        "eval_on_start": evaluates and not resumes,
+        "per_device_eval_batch_size": evaluation.micro_batch_rows,
+    }
+
+
+def _with_own_precision(args: TrainingArguments) -> TrainingArguments:
     """Let the recipe alone decide the format of matrix products: transformers takes the launcher's where the recipe
     asks for none, and a run in float32 would be one in bfloat16 under another name."""
     decided = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
@@ -117,3 +131,4 @@ def _decide_precision(args: TrainingArguments) -> None:
             args.mixed_precision,
         )
         args.mixed_precision = decided
+    return args

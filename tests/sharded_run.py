@@ -94,7 +94,7 @@ def _outcome(command: Command, rank: int) -> str:
         own = partial(_on_an_accelerator, assembly.trainer_arguments)
         with (
             mock.patch.object(assembly, "trainer_arguments", own),
-            mock.patch.object(assembly, "check_engine", lambda device: None),  # as where there is an accelerator
+            mock.patch.object(assembly, "check_engine", return_value=None),  # as where there is an accelerator
         ):
             train.train(read_command_line(list(map(str, command))))
     except (ConfigError, UserError) as error:

@@ -244,6 +244,7 @@ def test_a_run_that_computes_again_is_the_run_that_does_not(tmp_path, kind):
     assert len(metrics_of(folders[0])) > 4
 
 
+@pytest.mark.slow
 def test_two_launched_processes_that_compute_again_end_with_the_weights_of_one_that_does_not(tmp_path):
     recipe = write_recipe(tmp_path, training={"micro_batch_rows": 2, "accumulation_steps": 2})
     done = run_train("--config", recipe, "--output.name", "one")

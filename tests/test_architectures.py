@@ -138,6 +138,7 @@ def test_a_seed_gives_the_same_weights_and_tokenizer_on_one_process_and_two(tmp_
     assert torch.equal(model.get_input_embeddings().weight, first["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow
 def test_a_new_tokenizer_is_the_same_in_every_process(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", chat_rows())
     code = (

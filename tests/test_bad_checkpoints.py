@@ -143,7 +143,9 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("target", ["hf", "llama2c", "llama2c-v1", "llama2c-v2"])  # others have tests of their own
+@pytest.mark.parametrize(
+    "target", ["hf", "llama2c", *(pytest.param(f"llama2c-v{version}", marks=pytest.mark.slow) for version in (1, 2))]
+)  # others have tests of their own
 def test_a_disk_that_fills_up_is_told_with_the_file_and_leaves_nothing(target, tmp_path):
     """A limit on the size of files stands for the disk: the kernel refuses the write in the same place."""
     model, tokenizer = made_up(tmp_path, tied=True)

@@ -189,6 +189,7 @@ def test_a_contender_that_supervises_other_tokens_is_found(figures, tmp_path):
         assert line.startswith(f"other: {said}")
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_compares_in_processes_of_their_own(tmp_path, capsys):
     output = tmp_path / "docs" / "record"
     words = ["step", "--preset", "tiny", "--contenders", "smolfactory", "trl packed", "--supervised", "0.5"]

@@ -109,4 +109,5 @@ def test_the_best_checkpoint_stays_however_many_are_newer(tmp_path):
             folder = writer.staging / f"checkpoint-{step}"
             folder.mkdir(parents=True)
             (folder / "weights").write_text(str(step))
+    writer.finish()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

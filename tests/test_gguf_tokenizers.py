@@ -55,7 +55,10 @@ TOKENIZERS = {
 SPECIAL = ("<s>", "</s>", "<|begin_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>", "[INST]", "[TOOL]")
 
 
-@pytest.fixture(scope="module", params=TOKENIZERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name == "qwen2" else name for name in TOKENIZERS],
+)
 def travelled(tmp_path_factory, request):
     """A tokenizer's vectors, its own folder, a GGUF file made from it, and a folder made from that."""
     if not VECTORS.is_dir():

@@ -9,7 +9,7 @@ import torch
 from tests.gpu_runs import HAS_GPU, ON_GPU
 from tests.test_trial import measured, recipe_of, result_of_run
 
-pytestmark = [ON_GPU, pytest.mark.skipif(not HAS_GPU, reason="the memory of a GPU is measured")]
+pytestmark = [*ON_GPU, pytest.mark.skipif(not HAS_GPU, reason="the memory of a GPU is measured")]
 
 
 @pytest.mark.parametrize("shape", ["packed, all weights", "LoRA", "long documents, padded"])

@@ -127,6 +127,7 @@ def test_a_contender_that_fails_is_no_case_of_a_limit(monkeypatch, tmp_path):
     assert "| failed: RuntimeError: no (exit code 1) |" in (tmp_path / "g.md").read_text()
 
 
+@pytest.mark.slow
 def test_real_points_agree_and_a_process_over_its_memory_is_ended(tmp_path):
     words = ["growth", "--model", "tiny", "--rows", "synthetic", "--lengths", "64", "--sizes", "--tokens", "128"]
     assert main([*words, "--contenders", "smolfactory", "floor", "--output", str(tmp_path / "g")]) == 0

@@ -18,7 +18,14 @@ from tests.tiny_run import assert_same_run, two_epochs
 
 STEPS = 9
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-STATE = ("model.safetensors", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "numbers.json")
+STATE = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "numbers.json",
+)
 """Files of the last checkpoint that two equal runs write byte for byte."""
 
 

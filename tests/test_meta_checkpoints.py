@@ -336,7 +336,7 @@ def run_command(folder, *arguments, file_bytes=resource.RLIM_INFINITY):
     )
 
 
-@pytest.mark.parametrize("limit", [4_000, 80_000])
+@pytest.mark.parametrize("limit", [pytest.param(4_000, marks=pytest.mark.slow), 80_000])
 def test_a_full_disk_is_told_and_leaves_nothing(limit, tmp_path):
     """The embedding's slice is of 67,584 bytes, so that 4,000 stops it, and 80,000 the shard."""
     reference.write(tmp_path / "meta", "3.1")
@@ -347,6 +347,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(limit, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "meta"]
 
 
+@pytest.mark.slow
 def test_the_command_reads_and_writes_meta(tmp_path):
     reference.write(tmp_path / "meta", "3.2", shards=2, tied=True)
     asked = run_command(tmp_path, "meta", "hf", "--to", "hf")

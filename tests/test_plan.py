@@ -34,6 +34,12 @@ WIDER = ARCHITECTURE | {"hidden_size": 128, "intermediate_size": 256}
 """Weights of 1.2 MB, beside which the small files of a checkpoint are 1 % and less off."""
 
 
+@pytest.fixture(autouse=True)
+def without_costs(monkeypatch):
+    """A plan ends with a trial, which starts a process of its own and is the subject of tests/test_trial.py."""
+    monkeypatch.setattr("train._show_costs", lambda config: None)
+
+
 def plan_of(folder):
     return json.loads((folder / "outputs" / "run" / "plan.json").read_text(encoding="utf-8"))
 

@@ -296,8 +296,8 @@ def test_a_saved_data_sets_files_are_on_record(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config", "config/smol.py"], "leave --config, --resume and --print_config out"),
-        (["--resume"], "leave --config, --resume and --print_config out"),
+        (["--config", "config/smol.py"], "leave --config, --resume, --print_config, --plan and --trial out"),
+        (["--resume"], "leave --config, --resume, --print_config, --plan and --trial out"),
         (["--optim.learning_rate", "1e-3", "--training.seed=1"], "and optim.learning_rate, training.seed would change"),
         (["--data.eval", "[]"], "data.eval"),
     ],

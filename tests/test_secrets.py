@@ -242,6 +242,6 @@ def test_a_path_in_a_row_is_a_text_and_is_not_opened(tmp_path):
     from src.tables import data_set_rows
 
     table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
-    ((read, _),) = data_set_rows(table)
+    ((read, _),) = data_set_rows(table, "rows")
     assert "private words" not in str(read)
     assert read["image"]["path"] == row["image"]["path"]

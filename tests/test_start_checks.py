@@ -39,6 +39,12 @@ from tests.toy_tokenizer import shared_file, toy_tokenizer
 Usage = namedtuple("Usage", "total used free")
 
 
+@pytest.fixture(autouse=True)
+def without_costs(monkeypatch):
+    """A plan ends with a trial, which starts a process of its own and is the subject of tests/test_trial.py."""
+    monkeypatch.setattr("train._show_costs", lambda config: None)
+
+
 def findings_of(folder):
     plan = json.loads((folder / "outputs" / "run" / "plan.json").read_text(encoding="utf-8"))
     return {finding["check"]: finding for finding in plan["findings"]}

@@ -95,6 +95,20 @@ def use_cores(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
+def check_one_gpu(visible: int) -> None:
+    """
+    Args:
+        visible: GPUs that this process sees.
+    Raises:
+        UserError: there are several, to which Trainer would give a copy of the model each in this one process.
+    """
+    if visible > 1:
+        raise UserError(
+            f"one process sees {visible} GPUs; start one for each with `accelerate launch train.py ...`, or show it "
+            "one with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 def check_world(processes: int) -> None:
     """Compare the processes that the launcher started with those that know of each other.
 

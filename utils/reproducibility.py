@@ -42,7 +42,6 @@ def environment(repository: Path) -> dict[str, Any]:
         "hardware": _hardware(),
         "git_commit": _commit(repository),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "folder": os.getcwd(),
         "world_size": processes_started(),
         "shards_weights": shards_weights(),
         "device": accelerator_name(),
