@@ -113,11 +113,9 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
             keep_checkpoints: newest checkpoints kept on disk.
             optim: what `args` was made from, of which Muon, LoRA+ and the length of a decay are read. None: defaults.
             score: what is minimized. None: the negative log-likelihood.
-            neftune_alpha: size of the noise on embeddings; see `src.noise`.
-            activation_offload: whether activations wait in host memory, of a GPU; see `src.activations`.
+            neftune_alpha, activation_offload: as the settings of these names; see `src.noise`, `src.activations`.
             order_settings: what of the run's settings decides which rows a step learns; see `src.row_order`.
-            max_bad_steps, patience: when numbers that go bad, or an evaluation that gets worse, end the run; see
-                `src.number_hooks`.
+            max_bad_steps, patience: when bad numbers, or worse evaluations, end the run; see `src.number_hooks`.
         Raises:
             UserError: several GPUs are visible to one process.
         """

@@ -57,8 +57,7 @@ def training_arguments(
         autocasts: whether `training.precision` applies; false for weights that are held in float64 or float16.
         resumes: whether the run goes on from a checkpoint, and so is not evaluated before its first step.
     Raises:
-        UserError: the precision, the offload or the optimizer is not to be had on this machine, or a tracker is not
-            installed.
+        UserError: the precision, offload or optimizer is not to be had on this machine, or a tracker not installed.
     """
     _check_trackers(tracking)
     if training.activation_offload:
