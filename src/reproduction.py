@@ -62,6 +62,8 @@ class Original:
     inputs: dict[str, Any] | None
     """None: the run is older than this part of the record."""
     weights_sha256: str
+    forced: tuple[str, ...] = ()
+    """Checks that did not stop it."""
 
     @classmethod
     def read(cls, path: Path) -> "Original":
@@ -77,7 +79,7 @@ class Original:
                 f"{path / 'result.json'} has no weights_sha256, and {path / 'model'} no weights to take it from; there "
                 "is nothing to compare with"
             )
-        return cls(path, machine, data, inputs, digest)
+        return cls(path, machine, data, inputs, digest, tuple(result.get("forced_checks", ())))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def as_it_was(command: CommandLine) -> CommandLine:
         for line in _differences(original, config):
             log.warning("%s", line)
         log.info("repeating %s, whose weights have the SHA-256 %s", original.path, original.weights_sha256)
-    return replace(command, config=config)
+    return replace(command, config=config, force=(*command.force, *original.forced))
 
 
 def _refuse_changed(original: Original) -> None:
