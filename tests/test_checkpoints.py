@@ -374,6 +374,7 @@ def test_record_names_each_file_by_its_digest(small, tmp_path):
     assert Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab_size() == 300
 
 
+@pytest.mark.slow
 def test_command_works_from_any_folder_and_exits_with_2_on_a_mistake(tmp_path):
     model, tokenizer = made_up(tmp_path, tied=True)
     command = [sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), "--to", "hf", model.name]

@@ -57,7 +57,9 @@ SPECIAL = ("<s>", "</s>", "<|begin_of_text|>", "<|eot_id|>", "<|endoftext|>", "<
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name == "qwen2" else name for name in TOKENIZERS],
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in ("qwen2", "llama-bpe") else name for name in TOKENIZERS
+    ],
 )
 def travelled(tmp_path_factory, request):
     """A tokenizer's vectors, its own folder, a GGUF file made from it, and a folder made from that."""

@@ -166,7 +166,7 @@ def test_new_weights_depend_on_the_seed_alone(tmp_path):
         ("lora", {}),
         ("full", {"name": "muon", "weight_decay": 0.1, "schedule": "warmup_stable_decay", "decay_fraction": 0.5}),
         pytest.param("lora", {"lora_plus_ratio": 16.0, "min_lr_fraction": 0.1}, marks=pytest.mark.slow),
-        ("lora", {"name": "muon", "lora_plus_ratio": 4.0}),
+        pytest.param("lora", {"name": "muon", "lora_plus_ratio": 4.0}, marks=pytest.mark.slow),
     ],
     ids=["full", "lora", "muon", "lora_plus", "muon_lora_plus"],
 )
