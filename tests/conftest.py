@@ -11,8 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_collection_finish() -> None:
-    """Take what is there once all is imported out of the garbage collector's sight: each run of Accelerate's trainer has
-    it look at all objects, most of which are the libraries' own (0.3 s of the 0.9 s of a tiny run)."""
+    """Take what is imported out of the garbage collector's sight. Each run of Accelerate's trainer has it look at all
+    objects, most of which are the libraries' own: 0.3 s of the 0.9 s of a tiny run."""
     gc.collect()
     gc.freeze()
 
