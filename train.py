@@ -201,11 +201,16 @@ def _show_costs(config: RunConfig) -> None:
     By now the plan's own model is gone, whose memory the run will have.
     """
     from src.run import add_costs
+    from src.stopping import too_short_grace
     from src.trial_process import measure_costs
 
     costs = measure_costs(config, Path(__file__))
     print("\n".join(costs.lines()))
     add_costs(config.output, costs.to_dict())
+    if (found := costs.projection) is not None:
+        grace_s = config.training.grace_period_s
+        if said := too_short_grace(found.step_s, found.checkpoint_s, grace_s, found.evaluation_s):
+            log.warning("%s", said)
 
 
 def main() -> int:

@@ -1,22 +1,26 @@
 """Times that are projected, memory that is there, and changes that are tried, against what is reckoned by hand."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import train
 from config.constraints import check_constraints
 from config.schema import (
     AdapterConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
+    OutputConfig,
     RunConfig,
     SourceConfig,
     TrainingConfig,
 )
 from src.costs import Costs
 from src.proposals import candidates, options_of, propose
+from utils.logging import set_up_logging
 from utils.memory import _group_bytes, available_bytes
 
 MIB = 2**20
@@ -70,6 +74,19 @@ def test_the_time_of_a_run_is_its_steps_evaluations_answers_and_saves():
     assert costs.to_dict()["peak_mib"] == {"resident": 900}
     assert not Costs.of_report(REPORT, config_of(), available={"resident": 790 * MIB}).fits
     assert not Costs.of_report(REPORT, config_of(), available={"resident": 810 * MIB}, processes_here=2).fits
+
+
+@pytest.mark.parametrize(("grace_s", "said"), [(5.0, True), (30.0, False)])
+def test_a_plan_says_that_a_step_and_a_save_outlast_the_grace_period(grace_s, said, tmp_path, monkeypatch, capsys):
+    costs = Costs.of_report(REPORT, config_of(), available={"resident": 810 * MIB})
+    monkeypatch.setattr("src.trial_process.measure_costs", lambda config, entry: costs)
+    config = replace(config_of(grace_period_s=grace_s), output=OutputConfig(folder=str(tmp_path)))
+    logging.getLogger("smolfactory").handlers.clear()  # so that the log goes to the stream of this test
+    set_up_logging()
+    train._show_costs(config)
+    found = capsys.readouterr()
+    assert ("than training.grace_period_s=5: it may be killed before it has saved" in found.err) == said
+    assert "checkpoint" in found.out
 
 
 def test_two_processes_share_an_epoch_and_not_a_number_of_steps():
