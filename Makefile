@@ -10,7 +10,7 @@ train: $(VENV)/.base
 	$(BIN)/accelerate launch train.py --config config/smol.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # About 15 minutes of one core; another SEED makes other inputs. What is found stays in finds/.
 INPUTS ?= 100000

@@ -372,9 +372,9 @@ def test_twenty_kills_lose_one_shard_each_at_most_and_leave_no_trace(tmp_path):
 def test_the_garbage_collector_sees_all_objects_again_after_a_preparation(tmp_path):
     config = DataConfig(train=(write(tmp_path / "a.jsonl", 3),), max_length=64)
     tokenizer = toy_tokenizer()
+    gc.unfreeze()  # what tests/conftest.py has frozen
     build_datasets(config, tokenizer, cache_folder=tmp_path / "cache")
     assert gc.get_freeze_count() == 0
     gc.freeze()  # another's choice, which stays
     build_datasets(config, tokenizer, cache_folder=tmp_path / "other")
     assert gc.get_freeze_count() > 0
-    gc.unfreeze()
