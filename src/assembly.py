@@ -200,6 +200,7 @@ def build_trainer(
         patience=config.evaluation.patience,
         callbacks=[Sharded(), Progress(), metrics, answers],
     )
+    answers.stops_early = lambda: trainer.best.out_of_patience
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))
     if run.checkpoint is not None:
         trainer.restore_order(run.checkpoint)

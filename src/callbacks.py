@@ -166,6 +166,8 @@ class Answers(TrainerCallback):
         self.evaluation = evaluation
         self.metrics = metrics
         self.samples = samples
+        self.stops_early: Callable[[], bool] = lambda: False
+        """Tells whether the run is over before its last step, and not only interrupted by a signal."""
 
     def on_evaluate(
         self,
@@ -178,8 +180,8 @@ class Answers(TrainerCallback):
         if not can_answer():
             log.warning("a sharded model gives no answers during training: samples and exact match are left out")
             self.conversations = []
-        ends = state.global_step in (0, state.max_steps)
-        all_of_them = self.evaluation.exact_match and (ends or control.should_training_stop)
+        ends = state.global_step in (0, state.max_steps) or self.stops_early()
+        all_of_them = self.evaluation.exact_match and ends
         asked = self.conversations if all_of_them else self.conversations[: self.evaluation.samples]
         if not asked:
             return

@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_with_the_way_out(whole, run)
         with failing(src.run.Run, "record", 1, lambda: fill(run, run / "none")):
             done = run_train("--config", whole / "recipe.yaml")
         assert done.code == 2
-        assert f"error: {run / 'config.json'} could not be written" in done.stderr
+        assert f"error: {run / 'plan.json'} could not be written" in done.stderr
         assert f"there is no checkpoint yet: mend that, remove {run}, and start again" in done.stderr
         (run / "filler").unlink()
 
