@@ -9,6 +9,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -76,7 +77,12 @@ class StopWhenAsked(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if args.world_size > 1:
-            self._group = distributed.new_group(backend="gloo")
+            # A group of its own would have torch's half an hour, for which a run hangs whose link is cut.
+            on_device = distributed.get_backend() != "gloo"
+            timeout = timedelta(seconds=args.ddp_timeout)
+            self._group = (
+                distributed.new_group(backend="gloo", timeout=timeout) if on_device else distributed.group.WORLD
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
