@@ -183,11 +183,8 @@ class TrialTrainer(SFTTrainer):
     phases: Phases
     trial_feed: TrialFeed | None = None
 
-    def run_feed(self) -> Any:
-        """The feed of the run that the trial is for."""
-        return super().new_feed()
-
     def new_feed(self) -> Any:
+        """The steps of the trial, once they are chosen; until then those of the run that it is for."""
         return self.trial_feed or super().new_feed()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -244,11 +241,11 @@ def run_trial(trainer: TrialTrainer, run: Run, config: RunConfig, **export: Any)
     phases.end("start", seconds=time.time() - psutil.Process().create_time())
     if torch.cuda.is_available():
         phases.report["cuda_available_bytes"] = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    feed, flat = trainer.run_feed(), trainer.data_collator.flat
+    feed, flat = trainer.new_feed(), trainer.data_collator.flat
     files = resident_bytes("RssFile") or 0
     found = worst_of_run(feed, flat=flat)
     ordinary = [
-        step for step, _ in itertools.islice(trainer.run_feed().marked_steps(), min(ORDINARY_STEPS, feed.steps))
+        step for step, _ in itertools.islice(trainer.new_feed().marked_steps(), min(ORDINARY_STEPS, feed.steps))
     ]
     steps = steps_of_trial(found, ordinary, accumulation_steps=config.training.accumulation_steps)
     trainer.trial_feed = TrialFeed(steps, run_steps=feed.steps)
