@@ -12,9 +12,6 @@ from utils.errors import UserError, in_one_line
 ANOTHER_CHECKPOINT = "bring it back as it was, or name another checkpoint of the run with --resume PATH"
 """What to do about a damaged file of a checkpoint."""
 
-NESTING = 100
-"""Lists and objects within each other, beyond which code that goes down into a value may come to Python's limit."""
-
 
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
@@ -41,14 +38,3 @@ def read_json_file(path: Path, remedy: str) -> Any:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({in_one_line(error)}); {remedy}") from error
-
-
-def is_nested_beyond(value: Any, limit: int = NESTING) -> bool:
-    """Whether more than `limit` lists and objects stand within each other."""
-    level = [value]
-    for _ in range(limit):
-        inner = [item for item in level if isinstance(item, dict | list | tuple)]
-        if not inner:
-            return False
-        level = [part for item in inner for part in (item.values() if isinstance(item, dict) else item)]
-    return any(isinstance(item, dict | list | tuple) for item in level)
