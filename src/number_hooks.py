@@ -171,6 +171,7 @@ class NumberHooks:
             )
 
     def _way_out(self) -> str:
+        self.checkpoints.wait()  # the last one may be on its way to its place
         last = last_checkpoint(Path(self.args.output_dir))
         change = "a lower optim.learning_rate, a longer warmup, or training.precision=float32"
         if last is None:

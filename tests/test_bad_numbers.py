@@ -8,6 +8,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from src.training_arguments import training_arguments
 from tests.test_streaming import stream_config, stream_of
 from tests.test_trainer import LENGTH, tiny_model, tiny_tokenizer, uneven_rows
 from tests.toy_tokenizer import toy_tokenizer
+from utils import checkpointing
+from utils.checkpoint_record import write_record
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +209,12 @@ class SpoilsWeight(TrainerCallback):
 
 
 @pytest.mark.parametrize("after", [4, 5])
-def test_weights_that_are_spoiled_end_the_run_at_the_last_checkpoint_before(tmp_path, after):
+def test_weights_that_are_spoiled_end_the_run_at_the_last_checkpoint_before(tmp_path, after, monkeypatch):
+    def on_a_slow_disk(*args, **kwargs):
+        time.sleep(0.5)
+        write_record(*args, **kwargs)
+
+    monkeypatch.setattr(checkpointing, "write_record", on_a_slow_disk)  # the steps do not wait for it
     trainer = build(
         tmp_path, tiny_model(), callbacks=[SpoilsWeight(after)], training={"save_every_steps": 2}, max_bad_steps=99
     )
@@ -357,6 +365,7 @@ def test_the_rows_of_a_stream_are_told_by_their_text(tmp_path):
 
 LAUNCHED = """
 import sys
+import time
 sys.path[:0] = [{root!r}]
 from pathlib import Path
 import torch
