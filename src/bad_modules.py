@@ -41,12 +41,8 @@ def first_bad_module(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]
     Returns:
         None if all is finite.
     """
-    with torch.no_grad(), _watched(model, _forward_hook) as found:
-        loss = loss_of()
-    if found:
-        return BadModule(found[0], "forward")
-    if not bool(torch.isfinite(loss)):
-        return BadModule("", "loss")
+    if bad := first_bad_output(model, loss_of):
+        return bad
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     try:
         with _watched(model, _backward_hook) as found, warnings.catch_warnings():
@@ -61,6 +57,16 @@ def first_bad_module(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]
     bad = [name for name, grad in zip(weights, gradients, strict=True) if grad is not None and not _finite(grad)]
     # The backward pass comes by the last of them first.
     return BadModule(bad[-1].rpartition(".")[0], "backward") if bad else None
+
+
+def first_bad_output(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> BadModule | None:
+    """What `first_bad_module` finds without a backward pass: each process takes one forward pass, whatever it finds, so
+    that processes which share the weights can call this together."""
+    with torch.no_grad(), _watched(model, _forward_hook) as found:
+        loss = loss_of()
+    if found:
+        return BadModule(found[0], "forward")
+    return None if bool(torch.isfinite(loss)) else BadModule("", "loss")
 
 
 def bad_weights(model: torch.nn.Module) -> list[str]:

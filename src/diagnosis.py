@@ -1,6 +1,6 @@
 """Why a step's numbers went bad: its batch computed again, its rows and the module named.
 
-    diagnosis = Diagnosis(model, score, recent, decode, processes=1, searches=True)
+    diagnosis = Diagnosis(model, score, recent, collate, decode, processes=1, sharded=False)
     record = diagnosis.of(event)             # every process together; a line of bad_batches.jsonl
 
 Weights, gradients, training modes and random numbers stay as they are. What is computed is what the model makes of the
@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.tensor import DTensor
 
-from src.bad_modules import BadModule, bad_weights, first_bad_module
+from src.bad_modules import BadModule, bad_weights, first_bad_module, first_bad_output
 from src.loss import Scored
 from src.number_watch import Event
 from src.packing import PackCollator
@@ -48,6 +47,7 @@ class Diagnosis:
         decode: Callable[[list[int]], str],
         *,
         processes: int,
+        sharded: bool,
     ) -> None:
         """
         Args:
@@ -55,6 +55,7 @@ class Diagnosis:
             score: scores a batch of the host with that model, as training does.
             decode: the text of ids.
             processes: of the run, which each have their share of a step.
+            sharded: whether each of them has a part of every weight, so that all compute together or none can.
         """
         self.model = model
         self.score = score
@@ -62,15 +63,16 @@ class Diagnosis:
         self.collate = collate
         self.decode = decode
         self.processes = processes
+        self.sharded = sharded
 
     def of(self, event: Event) -> dict[str, Any]:
         """What is found of a step, as plain JSON; every process calls this together and gets the same."""
         found: dict[str, Any] = {"rows": [], "of_rows": 0, "module": None, "place": None, "weights": []}
         batches = self.recent.of(event.step)
         found["of_rows"] = sum(bool(name) for batch in batches for name in batch.names)
-        if not any(isinstance(weight, DTensor) for weight in self.model.parameters()):
-            with self._undisturbed():
-                found |= self._spike(batches, event) if event.spike else self._skipped(batches, event)
+        look = self._spike if event.spike else self._skipped_together if self.sharded else self._skipped
+        with self._undisturbed():
+            found |= look(batches, event)
         return self._joined([found] if self.processes == 1 else gather_object([found]), event)
 
     def _joined(self, parts: list[dict[str, Any]], event: Event) -> dict[str, Any]:
@@ -112,8 +114,24 @@ class Diagnosis:
                 documents = self._culprits(batch, share)
                 rows = [self._row(batch, document) for document in documents]
                 return found | {"module": module.module, "place": module.place, "rows": rows}
-        rows = [self._row(batch, index) for batch in batches for index, name in enumerate(batch.names) if name]
-        return found | {"rows": rows}
+        return found | {"rows": self._all_rows(batches)}
+
+    def _skipped_together(self, batches: list[NamedBatch], event: Event) -> dict[str, Any]:
+        """As `_skipped`, by the same forward passes in each process, which waits for the others' parts of weights in
+        each; a backward pass would add up gradients, so one that is not finite has the step's rows and no module."""
+        found: dict[str, Any] = {"weights": bad_weights(self.model)[:ROWS_NAMED], "rows": self._all_rows(batches)}
+        for batch in batches:
+            bad = first_bad_output(self.model, lambda batch=batch: self.score(batch.batch).total)
+            with torch.no_grad():
+                nll_D, _ = row_losses(batch, self.score)
+            if bad and not found.get("place"):
+                documents = [document for document, nll in enumerate(nll_D.tolist()) if not math.isfinite(nll)]
+                rows = [self._row(batch, document) for document in documents] or self._all_rows([batch])
+                found |= {"module": bad.module, "place": bad.place, "rows": rows}
+        return found
+
+    def _all_rows(self, batches: list[NamedBatch]) -> list[dict[str, Any]]:
+        return [self._row(batch, index) for batch in batches for index, name in enumerate(batch.names) if name]
 
     def _searched(self, batch: NamedBatch, share: float) -> BadModule | None:
         return first_bad_module(self.model, lambda: self.score(batch.batch).total * share)

@@ -126,9 +126,14 @@ class NumberHooks:
     def _tell(self, event: Event) -> None:
         """Look into an event, log it, and append it to the run's file of them."""
         decode = self.processing_class.decode
-        processes = self.accelerator.num_processes
         record = Diagnosis(
-            self._inner(), self.score_again, self.recent, self.data_collator, decode, processes=processes
+            self._inner(),
+            self.score_again,
+            self.recent,
+            self.data_collator,
+            decode,
+            processes=self.accelerator.num_processes,
+            sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         ).of(event)
         if not self.args.should_save:
             return

@@ -4,6 +4,7 @@ Two processes over gloo run `train.py` through Accelerate's own FSDP2: torch's `
 embeddings and the head. What cannot train so is refused before anything loads.
 """
 
+import itertools
 import json
 import shutil
 from functools import partial
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,6 +27,7 @@ from tests.sharded_run import train_sharded
 from tests.tiny_run import (
     ARCHITECTURE,
     assert_same_run,
+    chat_rows,
     from_checkpoint,
     metrics_of,
     run_train,
@@ -32,6 +35,7 @@ from tests.tiny_run import (
     weights_of,
     write_checkpoint,
     write_recipe,
+    write_rows,
 )
 from tests.toy_tokenizer import toy_tokenizer
 from utils.checkpointing import newest_valid_checkpoint, state_bytes
@@ -289,3 +293,30 @@ def test_a_first_checkpoint_of_sharded_weights_needs_the_size_of_them_all(tmp_pa
         assert state_bytes(model, optimizer) == 1_200_004, "the weights, two moments and a count of steps"
     finally:
         leave_group()
+
+
+def test_a_bad_step_of_a_sharded_run_is_left_out_and_names_its_row_and_module(tmp_path):
+    tokenizer = toy_tokenizer()
+    base = write_checkpoint(tmp_path / "base", tokenizer=tokenizer)
+    (poison,) = tokenizer("~", add_special_tokens=False)["input_ids"]
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][poison] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    rows = chat_rows()
+    rows[16]["messages"][0]["content"] += "~"
+    data = {"train": [{"path": str(write_rows(tmp_path / "poisoned.jsonl", rows))}]}
+    recipe = write_recipe(tmp_path, training=EPOCHS, model=from_checkpoint(base), data=data)
+    assert train_sharded(tmp_path, asks(recipe, "run")) == [""]
+    run = tmp_path / "outputs" / "run"
+    lines = [json.loads(line) for line in (run / "bad_batches.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [
+        line["step"]
+        for before, line in itertools.pairwise(
+            [{"skipped_steps": 0}, *(one for one in metrics_of(run) if "loss" in one)]
+        )
+        if line["skipped_steps"] > before["skipped_steps"]
+    ]
+    assert len(lines) == 2, "once an epoch"
+    for line in lines:
+        assert (line["module"], line["place"]) == ("model.embed_tokens", "forward")
+        assert [row["row"] for row in line["rows"]] == [f"{tmp_path / 'poisoned.jsonl'} line 17"]
