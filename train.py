@@ -22,12 +22,11 @@ from config.effects import effect_of
 from config.loader import CommandLine, ConfigError, format_config, read_command_line, to_dict
 from config.schema import HubConfig, ModelConfig, RunConfig
 from src.run_lock import run_lock
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 from utils.failures import OTHERS_WAIT_S, name_failing_process
 from utils.launch import is_main_process, this_process
 from utils.logging import get_logger, set_up_logging
 from utils.memory import fix_allocator
-from utils.redaction import redact
 
 if TYPE_CHECKING:  # torch and its company take seconds to import: only once the recipe is known to be right
     import torch
@@ -229,10 +228,10 @@ def main() -> int:
         who = "" if is_main_process() else f" ({this_process()})"
         if who:
             time.sleep(OTHERS_WAIT_S)
-        print(f"error: {redact(str(error))}{who}", file=sys.stderr)
+        tell_error(f"{error}{who}")
         return 2
     except KeyboardInterrupt:
-        print("error: SIGINT ended the run outside of its training steps; nothing was saved for it", file=sys.stderr)
+        tell_error("SIGINT ended the run outside of its training steps; nothing was saved for it")
         return 128 + signal.SIGINT
     return 0
 

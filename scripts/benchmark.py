@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 
 
 def recorded_command(argv: Sequence[str]) -> str:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
                 return 0 if argv[:1] in (["--help"], ["-h"]) else 2
         return measure(argv[1:], recorded_command(argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
 
 

@@ -24,7 +24,7 @@ from src.checkpoints.meta_releases import RELEASES
 from src.checkpoints.nanogpt import ACTIVATIONS
 from src.merging.adapter import QUANTIZATIONS, AdapterOptions
 from src.merging.merge import MergeOptions, merge
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 from utils.logging import set_up_logging
 
 
@@ -105,10 +105,10 @@ def main() -> int:
     try:
         record = _merged(arguments) if arguments.merge else _converted(arguments)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
     except CertificateError as error:
-        print(f"error: {arguments.output} was not written: {error}", file=sys.stderr)
+        tell_error(f"{arguments.output} was not written: {error}")
         return 1
     print(f"{arguments.output}: {record['from']} -> {record['to']}, {len(record['outputs_sha256'])} files")
     print("\n".join(_told(record["check"])))

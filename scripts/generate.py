@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 from utils.logging import set_up_logging
 
 
@@ -45,7 +45,7 @@ def main() -> int:
             system = [{"role": "system", "content": arguments.system}] if arguments.system else []
             prompts = [render_prompt(tokenizer, [*system, {"role": "user", "content": text}]) for text in prompts]
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
     torch.manual_seed(arguments.seed)
     answers = generate(

@@ -28,7 +28,7 @@ from src.data import TokenizedData, build_datasets, token_folder
 from src.model import load_tokenizer
 from src.new_tokenizer import with_tokenizer
 from src.view import RowViewer
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 from utils.files import write_text
 from utils.logging import set_up_logging
 
@@ -150,7 +150,7 @@ def main() -> int:
     try:
         _run(arguments, overrides)
     except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
     return 0
 

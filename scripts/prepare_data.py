@@ -28,7 +28,7 @@ from src.model import load_settings, load_tokenizer
 from src.new_tokenizer import with_tokenizer
 from src.pack_report import pack_report
 from src.packing import PackedRows
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 from utils.logging import set_up_logging
 
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return prepare(read_command_line(["--config", known.config, *overrides]).config)
     except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
 
 

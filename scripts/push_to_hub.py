@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from huggingface_hub import get_token, is_offline_mode
 
 from src.model_card import model_card
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 from utils.hub import RECORD, HubFile, check_access, files_to_push, push_folder, stale_files
 from utils.logging import get_logger, set_up_logging
 
@@ -112,7 +112,7 @@ def main() -> int:
     try:
         push(read_arguments(sys.argv[1:]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
     return 0
 

@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 
@@ -85,6 +86,30 @@ def test_an_error_that_quotes_a_setting_shows_no_credential(tmp_path, planted):
         assert done.code == 2
         assert "***" in done.stderr
         assert found([tmp_path], [done.stdout, done.stderr]) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert_checkpoint.py {secret} {out} --to hf",
+        "generate.py {secret} --prompt hello",
+        "inspect_data.py --config {secret}",
+        "prepare_data.py --config {secret}",
+        "push_to_hub.py {secret}",
+        "cluster/resume_option.py --config {secret}",
+    ],
+)
+def test_what_a_script_is_given_is_quoted_in_its_error_without_secrets(command, tmp_path, planted, monkeypatch, capfd):
+    script, *arguments = command.split()
+    given = [argument.format(secret=tmp_path / f"{TOKEN}.yaml", out=tmp_path / "out") for argument in arguments]
+    monkeypatch.setattr(sys, "argv", [script, *given])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    streams = capfd.readouterr()
+    assert ended.value.code == 2
+    assert "error: " in streams.err
+    assert "***" in streams.err
+    assert not found([], streams)
 
 
 def test_a_crash_shows_its_traceback_without_secrets(planted, capsys):

@@ -3,7 +3,10 @@
 raise UserError(f"data.max_length={n} exceeds the model's context of {m}; lower it to {m} or less")
 """
 
+import sys
 from collections.abc import Iterable
+
+from utils.redaction import redact
 
 
 class UserError(ValueError):
@@ -11,6 +14,11 @@ class UserError(ValueError):
 
     Commands print it without a traceback and exit with 2.
     """
+
+
+def tell_error(error: object) -> None:
+    """Print what ended a command, as every command does: on standard error, without secrets."""
+    sys.stderr.write(redact(f"error: {error}\n"))
 
 
 def some(values: Iterable[object], limit: int = 8) -> str:

@@ -26,7 +26,7 @@ from scripts.benchmarking.case import Case
 from scripts.benchmarking.growth_chart import draw
 from scripts.benchmarking.growth_page import laws, markdown
 from scripts.benchmarking.process import LARGE, over_limit, run_worker
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 from utils.files import write_json, write_text
 from utils.reproducibility import environment
 
@@ -187,7 +187,7 @@ class Growth:
         point["agreement"].append(compare(figures, exact=exact))
         wrong = disagreements(point["agreement"][-1])
         for line in wrong:
-            print(f"error: it does not compute what the others do: {line}", file=sys.stderr)
+            tell_error(f"it does not compute what the others do: {line}")
         self.record["laws"] = laws(self.record)
         self._write()
         return not wrong

@@ -26,7 +26,7 @@ from scripts.benchmarking.case import Case
 from scripts.benchmarking.chart import check_matplotlib, draw
 from scripts.benchmarking.process import run_worker
 from scripts.benchmarking.report import markdown
-from utils.errors import UserError
+from utils.errors import UserError, tell_error
 from utils.files import write_json, write_text
 from utils.reproducibility import environment
 
@@ -227,7 +227,7 @@ class Measurement:
         entry["agreement"].append(compare(figures, exact=exact))
         wrong = disagreements(entry["agreement"][-1])
         for line in wrong:
-            print(f"error: it does not compute what the others do: {line}", file=sys.stderr)
+            tell_error(f"it does not compute what the others do: {line}")
         self._write()
         return not wrong
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config.loader import ConfigError, read_command_line
 from config.schema import OutputConfig
+from utils.errors import tell_error
 
 
 def resume_option(output: OutputConfig, *, starts_before: int) -> str:
@@ -37,7 +38,7 @@ def main() -> int:
     try:
         command = read_command_line(sys.argv[1:])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
     if not command.resume:
         starts_before = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
