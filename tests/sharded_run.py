@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import yaml
 
+from tests.processes import start_processes
 from tests.tiny_run import ROOT
 
 Command = Sequence[str | Path] | Callable[[], object]
@@ -49,7 +50,7 @@ def train_sharded(folder: Path, *commands: Command, **changes: str) -> list[str]
     """
     meeting, outcomes = folder / "meeting", folder / "outcomes.json"
     meeting.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_one_of_two, (folder, commands, shipped_settings(**changes)), nprocs=2)
+    start_processes(_one_of_two, folder, commands, shipped_settings(**changes))
     return json.loads(outcomes.read_text(encoding="utf-8"))
 
 

@@ -6,11 +6,8 @@ becomes infinite while the run goes on.
 
 import copy
 import json
-import subprocess
-import sys
 import time
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,14 +28,13 @@ from src.step_sums import StepFigures
 from src.streaming import StreamFeed
 from src.trainer import SFTTrainer
 from src.training_arguments import training_arguments
+from tests.processes import launch_processes
 from tests.test_streaming import stream_config, stream_of
 from tests.test_trainer import LENGTH, tiny_model, tiny_tokenizer, uneven_rows
 from tests.toy_tokenizer import toy_tokenizer
 from utils import checkpointing
 from utils.checkpoint_record import write_record
 from utils.errors import UserError
-
-ROOT = Path(__file__).parent.parent
 
 POISON = 60
 """A token whose embedding is not a number in the poisoned model, and which one row alone has."""
@@ -363,35 +359,17 @@ def test_the_rows_of_a_stream_are_told_by_their_text(tmp_path):
     assert recent.of(4) == []
 
 
-LAUNCHED = """
-import sys
-import time
-sys.path[:0] = [{root!r}]
-from pathlib import Path
-import torch
-from tests.test_bad_numbers import Poison, build, plain
-from tests.test_trainer import tiny_model
-from utils.distributed import leave_group
-
-def main():
-    trainer = build(Path({folder!r}), tiny_model(), accumulation=1, callbacks=[Poison()])
+def train_poisoned(folder):
+    trainer = build(folder, tiny_model(), accumulation=1, callbacks=[Poison()])
     trainer.train()
     weights = plain(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
-    torch.save((trainer.numbers.skipped, weights), f"{folder}/rank{{trainer.args.process_index}}.pt")
-
-main()
-leave_group()
-"""
+    torch.save((trainer.numbers.skipped, weights), folder / f"rank{trainer.args.process_index}.pt")
 
 
 def test_a_batch_that_is_bad_in_one_process_is_left_out_by_both(tmp_path):
     folder = tmp_path / "two"
     folder.mkdir()
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED.format(root=str(ROOT), folder=str(folder)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_processes(train_poisoned, folder)
     model = tiny_model()
     build(tmp_path / "one", model, accumulation=2, callbacks=[Poison()]).train()
     expected = plain(model.named_parameters())

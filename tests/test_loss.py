@@ -16,6 +16,7 @@ from src import loss as loss_module
 from src.chunked_loss import LogitTransform
 from src.loss import SupervisedLoss, next_token_targets, supervised_nll
 from src.packing import IGNORED
+from tests.processes import start_processes
 from tests.written_out_loss import FLOAT32, error, written_out
 from utils.distributed import leave_group
 
@@ -258,4 +259,4 @@ def score_in_one_of_two(rank):
 
 
 def test_wrapped_and_sharded_models_get_the_gradients_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(process_of_two, (f"file://{tmp_path}/meeting",), nprocs=2)
+    start_processes(process_of_two, f"file://{tmp_path}/meeting")

@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 
+from tests.processes import start_processes
 from utils.distributed import check_shared_folder
 from utils.errors import UserError
 from utils.peers import PatientGroup, lost_processes_told
@@ -31,7 +32,7 @@ def one_of_two(rank, folder):
 def told(tmp_path_factory):
     """A folder with a file for each thing that two processes were told."""
     folder = tmp_path_factory.mktemp("peers")
-    torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2)
+    start_processes(one_of_two, folder)
     return folder
 
 

@@ -13,6 +13,7 @@ from src.loss import SupervisedLoss
 from src.packing import PackCollator
 from src.router_loss import RouterLoss
 from tests.gpu_runs import DEVICE, ON_GPU, autocast
+from tests.processes import start_processes
 from tests.test_loss import VOCABULARY, assert_equal_gradients, batch_of, gradients, wrapped
 from tests.test_trainer import train, uneven_rows
 from tests.tiny_run import ARCHITECTURE, metrics_of, run_train, write_recipe
@@ -237,4 +238,4 @@ def process_of_two(rank, address):
 
 
 def test_wrapped_and_sharded_models_get_the_gradients_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(process_of_two, (f"file://{tmp_path}/meeting",), nprocs=2)
+    start_processes(process_of_two, f"file://{tmp_path}/meeting")

@@ -23,6 +23,7 @@ from config.schema import AdapterConfig, ModelConfig, OptimConfig
 from src.adapter_probe import probe_adapter
 from src.adapters import add_adapter
 from src.sharding import PART_BY_PART, check_sharding, sum_gradients_in_float32
+from tests.processes import start_processes
 from tests.sharded_run import train_sharded
 from tests.tiny_run import (
     ARCHITECTURE,
@@ -227,7 +228,7 @@ def sum_of_two(rank, folder):
 
 @pytest.mark.slow
 def test_gradients_of_products_in_bfloat16_are_added_up_in_float32(tmp_path):
-    torch.multiprocessing.spawn(sum_of_two, (tmp_path,), nprocs=2)
+    start_processes(sum_of_two, tmp_path)
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """No way of splitting, packing or padding a global batch changes what a step learns."""
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
@@ -12,15 +10,16 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from config.schema import EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
+from config.schema import AdapterConfig, EvaluationConfig, OptimConfig, TrackingConfig, TrainingConfig
+from src.adapters import add_adapter
 from src.attention import DOCUMENTS, register_documents
 from src.loss import SupervisedLoss, supervised_nll
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.trainer import SFTTrainer
 from src.training_arguments import training_arguments
+from tests.processes import launch_processes
 from utils.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 VOCABULARY, LENGTH = 61, 32
 
 
@@ -90,6 +89,7 @@ def train(
     rate=0.1,
     eval_rows=None,
     score=None,
+    kind=None,
 ):
     """Losses of each step, with the same global batches for the same product of `micro` and `accumulation`."""
     args = training_arguments(
@@ -106,7 +106,7 @@ def train(
         EvaluationConfig(),
         TrackingConfig(),
     )
-    trainer = SFTTrainer(
+    trainer = (kind or SFTTrainer)(
         model=model,
         args=args,
         tokenizer=tiny_tokenizer(),
@@ -298,55 +298,49 @@ class ForgetsProcesses(SFTTrainer):
         return loss / self.accelerator.num_processes
 
 
-LAUNCHED = """
-import os, sys, torch
-sys.path[:0] = [{root!r}]
-from config.schema import AdapterConfig
-from src.adapters import add_adapter
-from tests.test_trainer import (
-    ADAPTER_CASES, CASES, TOKEN_CASES, ForgetsProcesses, train, tiny_model, uneven_rows, weights_of)
-from utils.distributed import leave_group
-
-def main():
-    world, folder = int(os.environ["WORLD_SIZE"]), {folder!r}
-    results = []
+def train_cases(folder):
+    """Train each case in this process's share of the run, and save what came out as `folder`/<processes>.pt."""
+    world, results = int(os.environ["WORLD_SIZE"]), []
     for dtype, optimizer, rate, packing in CASES:
-        trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), micro=2,
-                                accumulation=4 // world, packing=packing, optimizer=optimizer, rate=rate,
-                                eval_rows=uneven_rows(13, seed=5))
+        trainer, losses = train(
+            folder,
+            tiny_model(getattr(torch, dtype)),
+            uneven_rows(45),
+            micro=2,
+            accumulation=4 // world,
+            packing=packing,
+            optimizer=optimizer,
+            rate=rate,
+            eval_rows=uneven_rows(13, seed=5),
+        )
         assert trainer.args.world_size == world
-        weights = weights_of(trainer.accelerator.unwrap_model(trainer.model))
-        results.append((losses, weights, trainer.evaluate()["eval_loss"]))
+        results.append((losses, trained_weights(trainer), trainer.evaluate()["eval_loss"]))
+    split = {"accumulation": 4 // world}
     for dtype, optimizer, rate, packing in TOKEN_CASES:
-        trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), tokens=48,
-                                accumulation=4 // world, packing=packing, optimizer=optimizer, rate=rate)
-        results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
+        settings = split | {"packing": packing, "optimizer": optimizer, "rate": rate}
+        trainer, losses = train(folder, tiny_model(getattr(torch, dtype)), uneven_rows(45), tokens=48, **settings)
+        results.append((losses, trained_weights(trainer), None))
     for dtype, optimizer, rate, packing in ADAPTER_CASES:
+        settings = split | {"packing": packing, "optimizer": optimizer, "rate": rate}
         torch.manual_seed(0)
         model = add_adapter(tiny_model(getattr(torch, dtype)), AdapterConfig(kind="lora", rank=4))
-        trainer, losses = train(folder, model, uneven_rows(45), micro=2, accumulation=4 // world, packing=packing,
-                                optimizer=optimizer, rate=rate)
+        trainer, losses = train(folder, model, uneven_rows(45), micro=2, **settings)
         adapter = [weight.detach().flatten() for weight in model.parameters() if weight.requires_grad]
         results.append((losses, torch.cat(adapter), None))
-    train.__globals__["SFTTrainer"] = ForgetsProcesses
-    trainer, losses = train(folder, tiny_model(), uneven_rows(45), micro=2, accumulation=4 // world)
-    results.append((losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), None))
+    trainer, losses = train(folder, tiny_model(), uneven_rows(45), micro=2, **split, kind=ForgetsProcesses)
+    results.append((losses, trained_weights(trainer), None))
     if trainer.args.process_index == 0:
-        torch.save(results, f"{{folder}}/{{world}}.pt")
+        torch.save(results, folder / f"{world}.pt")
 
-main()
-leave_group()
-"""
+
+def trained_weights(trainer):
+    return weights_of(trainer.accelerator.unwrap_model(trainer.model))
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_as_one(tmp_path, processes):
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED.format(root=str(ROOT), folder=str(tmp_path)))
     for world in (1, processes):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        done = subprocess.run([*command, str(script)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch_processes(train_cases, tmp_path, processes=world)
     one, several = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / f"{processes}.pt")
     (_, weights, _), (_, other_weights, _) = one.pop(), several.pop()
     assert ((weights - other_weights).norm() / weights.norm()).item() > 1e-4, "a wrong scale must be seen"
