@@ -139,7 +139,9 @@ def test_layers_with_whole_attention_are_one_graph_also_where_activations_are_co
         assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=NEEDS_COMPILER)]
+)
 def test_losses_and_gradients_are_those_of_layers_that_are_not_compiled(backend):
     model = shallow(attention="documents").train()
     given = list(batches())[:3]
@@ -182,6 +184,7 @@ def test_an_adapter_trains_through_compiled_layers_and_is_saved_under_its_own_na
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_generation_between_steps_compiles_nothing():
     model, backend = shallow(attention="documents").train(), counting()
     prompts = ["t5 t6 t7", "t9", "t11 t12 t13 t14 t15"]
@@ -195,6 +198,7 @@ def test_generation_between_steps_compiles_nothing():
     assert backend.graphs > 0
 
 
+@pytest.mark.slow
 def test_evaluation_compiles_once_more_and_not_for_each_length():
     model, backend = shallow(attention="documents").train(), counting()
     compile_layers(model, backend=backend)

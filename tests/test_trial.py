@@ -92,7 +92,7 @@ def recipe_of(folder, shape):
     if shape == "packed, all weights":
         wide = ARCHITECTURE | DEEP | {"vocab_size": 50_000}
         return write_recipe(
-            folder, model={"architecture": wide}, data=packed, training=training | {"micro_batch_rows": 8}
+            folder, model={"architecture": wide}, data=packed, training=training | {"micro_batch_rows": 4}
         )
     if shape == "LoRA":
         base = write_checkpoint(folder / "base", vocabulary=50_000, **DEEP)
