@@ -183,19 +183,20 @@ def _run(command: CommandLine) -> int:
     try:
         with nullcontext() if apart else run_lock(output), lost_processes_told(Path(output.folder) / output.name):
             train(command)
+            if command.plan:
+                _show_costs(command.config)
     except StoppedError as stopped:
         log.info("%s", stopped)
         code = stopped.exit_code
     leave_group()
-    if command.plan and is_main_process():
-        _show_costs(command.config)
     if command.reproduce and is_main_process() and not code:
         code = 0 if is_equal(command) else 1
     return code
 
 
 def _show_costs(config: RunConfig) -> None:
-    """Measure what a planned run will cost, print it, and record it where there is no run yet.
+    """Measure what a planned run will cost, which all processes do together, print it, and record it where there is no
+    run yet.
 
     By now the plan's own model is gone, whose memory the run will have.
     """
@@ -204,6 +205,8 @@ def _show_costs(config: RunConfig) -> None:
     from src.trial_process import measure_costs
 
     costs = measure_costs(config, Path(__file__))
+    if not is_main_process():
+        return
     print("\n".join(costs.lines()))
     add_costs(config.output, costs.to_dict())
     if (found := costs.projection) is not None:

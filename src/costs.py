@@ -1,6 +1,6 @@
 """What a run costs, as its trial measured it: memory of each phase, seconds of a step, and the run's whole time.
 
-costs = Costs.of_report(report, config, available={"resident": 24 * 2**30}, processes=1)
+costs = Costs.of_parts([Part("measured", "", report, machine="one", available=24 * 2**30)], config)
 costs.fits                              # True
 for line in costs.lines():
     ...
@@ -8,6 +8,7 @@ for line in costs.lines():
 
 import statistics
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from config.schema import RunConfig
 from src.callbacks import clock
 from src.proposals import Outcome, Tried
 from src.trial import ANSWERED_AT_ONCE, ORDINARY, WARM_UP
+from src.trial_parts import DEVICES, Part, ending, joined_report, peaks_by_process, tightest_machine
 
 MIB = 2**20
 
@@ -84,62 +86,51 @@ class Costs:
     """Part of the resident memory: pages of the prepared data, which the system lets go of when it needs them."""
 
     available: dict[str, int] | None = None
-    """Bytes that there are, by device: `resident`, and on a GPU `cuda`."""
+    """Bytes that there are, by device: `resident`, and on a GPU `cuda`; on the machine and GPU that have least left."""
+
+    needed: int = 0
+    """Bytes of host memory that the processes of one machine need together, the mapped pages left out."""
+
+    by_process: tuple[dict[str, int], ...] = ()
+    """Most bytes of each process in any phase, by device."""
 
     projection: Projection | None = None
-    processes: int = 1
-    """Of the run on this machine; the figures are those of one."""
-
     tried: tuple[Tried, ...] = ()
 
     @classmethod
-    def of_report(
-        cls,
-        report: dict[str, Any],
-        config: RunConfig,
-        *,
-        outcome: Outcome = "measured",
-        reason: str = "",
-        available: dict[str, int],
-        processes: int = 1,
-        processes_here: int = 1,
-    ) -> "Costs":
+    def of_parts(cls, parts: Sequence[Part], config: RunConfig) -> "Costs":
         """
         Args:
-            report: what the trial wrote, be it to its end or not.
-            available: as in the field.
-            processes: of the run, on all machines.
-            processes_here: on this machine.
+            parts: what each process found, by rank.
         """
+        (outcome, reason), report, room = ending(parts), joined_report(parts), tightest_machine(parts)
+        available = {} if room.available is None else {"resident": room.available}
         if "cuda_available_bytes" in report:
-            available = available | {"cuda": report["cuda_available_bytes"]}
+            available["cuda"] = report["cuda_available_bytes"]
         return cls(
             outcome,
             reason,
-            tuple(report.get("phases", ())),
+            tuple(report["phases"]),
             report.get("worst"),
             report.get("mapped_bytes", 0),
             available,
-            project(report, config, processes) if outcome == "measured" else None,
-            processes_here,
+            room.needed,
+            peaks_by_process(parts),
+            project(report, config, len(parts)) if outcome == "measured" else None,
         )
 
     @property
     def peaks(self) -> dict[str, int]:
         """Most bytes of one process in any phase, by device."""
-        found = {
-            name: max((phase[f"{name}_bytes"] for phase in self.phases if f"{name}_bytes" in phase), default=0)
-            for name in ("resident", "cuda")
-        }
-        return {name: peak for name, peak in found.items() if peak}
+        devices = [device for device in DEVICES if any(device in peaks for peaks in self.by_process)]
+        return {device: max(peaks.get(device, 0) for peaks in self.by_process) for device in devices}
 
     @property
     def fits(self) -> bool | None:
         """Whether the run has the memory that it needs; None where that is not known."""
         if self.outcome != "measured":
             return False if self.outcome == "out of memory" else None
-        needed = (self.peaks["resident"] - self.mapped_bytes) * self.processes
-        return (self.available or {}).get("resident", needed) >= needed
+        return (self.available or {}).get("resident", self.needed) >= self.needed
 
     @property
     def options(self) -> str | None:
@@ -156,7 +147,7 @@ class Costs:
             "peak_mib": _mib_of(self.peaks),
             "available_mib": _mib_of(self.available or {}),
             "mapped_data_mib": round(self.mapped_bytes / MIB),
-            "processes": self.processes,
+            "peak_mib_by_process": [_mib_of(peaks) for peaks in self.by_process],
             "phases": [_phase(phase) for phase in self.phases],
             "worst_micro_batches": self.worst,
             "projection": None
@@ -169,9 +160,8 @@ class Costs:
 
     def lines(self) -> list[str]:
         """The same for people, of at most 100 columns but for what others have said."""
-        if self.outcome == "not measured":
-            return _wrapped(f"costs: not measured: {self.reason}", "")
-        told = ["costs, measured by a trial in a process of its own", *self._table(), *self._memory()]
+        where = "a process of its own" if len(self.by_process) < 2 else f"{len(self.by_process)} processes of their own"
+        told = [f"costs, measured by a trial in {where}", *self._table(), *self._memory()]
         if self.projection:
             told += _times(self.projection)
         return told + self._ways_out()
@@ -216,9 +206,11 @@ class Costs:
             told += _wrapped(
                 f"{size} of it are pages of the prepared data, which the system drops when it needs them", " " * 10
             )
-        if self.processes > 1:
-            each = f"for each of {self.processes} processes, as one measured it"
-            told += _wrapped(f"{each}; DDP adds about the bytes of the gradients", " " * 10)
+        if len(self.by_process) > 1:
+            for name in self.peaks:
+                each = ", ".join(f"{peaks.get(name, 0) / MIB:,.0f}" for peaks in self.by_process)
+                told += _wrapped(f"MiB of {PLACES[name]} by process: {each}", " " * 10)
+            told += _wrapped(f"those of one machine need {self.needed / MIB:,.0f} MiB of its memory together", " " * 10)
         return told
 
     def _ways_out(self) -> list[str]:
@@ -231,7 +223,7 @@ class Costs:
         told = [
             f"  it does not fit: {self.reason}{where}"
             if self.reason
-            else f"  it does not fit: {self.processes} process(es) need more than is available"
+            else f"  it does not fit: a machine's process(es) need {self.needed / MIB:,.0f} MiB, more than is available"
         ]
         for one in self.tried:
             need = ", ".join(f"{mib:,} MiB of {PLACES[name]}" for name, mib in one.peak_mib.items())
@@ -249,14 +241,12 @@ def project(report: dict[str, Any], config: RunConfig, processes: int) -> Projec
 
     Args:
         report: of a trial that came to its end.
-        processes: of the run. The trial is one process, so it has counted the whole run's steps as one would take them.
+        processes: of the run and of the trial, which share each step's tokens.
     """
     seconds: dict[str, list[float]] = {}
     for phase in report["phases"]:
         seconds.setdefault(phase["name"], []).append(phase["seconds"])
-    shared = 1 if config.training.max_steps else processes
-    steps = -(-report["steps"] // shared)
-    tokens = report["tokens"] / shared
+    steps, tokens = report["steps"], report["tokens"] / processes
     timed = [
         (spent, tokens) for spent, tokens in zip(seconds[ORDINARY], report["ordinary_tokens"], strict=True) if tokens
     ]
@@ -271,8 +261,8 @@ def project(report: dict[str, Any], config: RunConfig, processes: int) -> Projec
         step_s=rate * tokens / steps,
         start_s=seconds["start"][0],
         evaluations=evaluations,
-        evaluation_s=sum(seconds.get("evaluation", ())) * all_of_them / tried / processes,
-        answers_s=_answers_s(report, sum(seconds.get("answers", ())), evaluations) / processes,
+        evaluation_s=sum(seconds.get("evaluation", ())) * all_of_them / tried,
+        answers_s=_answers_s(report, sum(seconds.get("answers", ())), evaluations, processes),
         checkpoints=0 if saves is None else 1 + _between(steps, saves),
         checkpoint_s=sum(seconds.get("checkpoint", ())),
         result_s=sum(seconds.get("result", ())),
@@ -288,13 +278,14 @@ def _between(steps: int, every: int | None) -> int:
     return (steps - 1) // every if every else 0
 
 
-def _answers_s(report: dict[str, Any], spent: float, evaluations: int) -> float:
-    """Seconds of all answers of a run: those at both ends, and fewer between."""
+def _answers_s(report: dict[str, Any], spent: float, evaluations: int, processes: int) -> float:
+    """Seconds of all answers of a run, which the processes share: those at both ends, and fewer between."""
     told = report.get("answers")
     if not told or not told["tried"]:
         return 0.0
-    batch_s = spent / -(-told["tried"] // ANSWERED_AT_ONCE)
-    batches = [-(-told[name] // ANSWERED_AT_ONCE) for name in ("at_ends", "between")]
+    at_once = ANSWERED_AT_ONCE * processes
+    batch_s = spent / -(-told["tried"] // at_once)
+    batches = [-(-told[name] // at_once) for name in ("at_ends", "between")]
     return batch_s * (2 * batches[0] + (evaluations - 2) * batches[1])
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # which imports this module
 
 log = get_logger(__name__)
 
-Outcome = Literal["measured", "out of memory", "failed", "not measured"]
+Outcome = Literal["measured", "out of memory", "failed"]
 """How a trial ended."""
 
 EIGHT_BIT = {OptimConfig().name: "adamw_8bit", "adamw_torch": "adamw_8bit", "lion_32bit": "lion_8bit"}

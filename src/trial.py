@@ -2,8 +2,9 @@
 
     python train.py --config recipe.yaml --trial FOLDER      # what `src.trial_process` starts
 
-All is built as for the run, but in FOLDER, which gets `report.json`; nothing is pushed or tracked. The steps are
-`SFTTrainer`'s own, fed with the worst micro-batches that the run's data holds, and then with the run's first steps.
+All is built as for the run, but in FOLDER, which gets a report of each process; nothing is pushed or tracked. The steps
+are `SFTTrainer`'s own, fed with the worst micro-batches that the run's data holds, and then with the run's first steps.
+Each process of a run tries its own part, and all of them take the same worst micro-batches at the same time.
 """
 
 import itertools
@@ -29,16 +30,18 @@ from src.batches import PackMark, Packs
 from src.callbacks import Answers
 from src.data import token_folder
 from src.run import Run
+from src.streaming import StreamFeed
 from src.trainer import SFTTrainer
 from src.worst_batches import KINDS, FoundBatches, tokens_of, worst_evaluation, worst_of_run
 from utils.ahead import Halt
 from utils.checkpoint_record import size_of
 from utils.errors import UserError
 from utils.files import write_json
+from utils.launch import process_rank
 from utils.memory import be_killed_first, resident_bytes, resident_peak_bytes, restart_peak
 
-REPORT, RECIPE, LOG, LOCK = "report.json", "recipe.yaml", "log.txt", "lock"
-"""The files of a trial's folder, of which all but the first are those of the process that started it."""
+LOCK = "lock"
+"""The file by which a trial's folder is known."""
 
 ORDINARY_STEPS = 8
 """First steps of the run, from whose seconds its time is projected."""
@@ -49,16 +52,39 @@ ANSWERED_AT_ONCE = 32
 WARM_UP, ORDINARY = "warm-up", "ordinary step"
 
 
+@dataclass(frozen=True)
+class TrialFiles:
+    """One process's files in a trial's folder, which all processes of a machine share."""
+
+    folder: Path
+    rank: int
+
+    @property
+    def recipe(self) -> Path:
+        """Written by the process that starts the trial's."""
+        return self.folder / f"recipe-{self.rank}.yaml"
+
+    @property
+    def log(self) -> Path:
+        """What the trial's process says."""
+        return self.folder / f"log-{self.rank}.txt"
+
+    @property
+    def report(self) -> Path:
+        """What it has measured."""
+        return self.folder / f"report-{self.rank}.json"
+
+
 def trial_config(config: RunConfig, folder: Path) -> RunConfig:
     """The settings of a trial: those of the run, in a folder of its own, with the run's prepared data.
 
     Args:
-        folder: empty but for what `src.trial_process` puts there.
+        folder: empty, or as `src.trial_process` has made it.
     Raises:
         UserError: there is something else in it.
     """
-    others = [path.name for path in folder.iterdir() if path.name not in (RECIPE, LOG, LOCK)] if folder.is_dir() else []
-    if others:
+    others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if others and LOCK not in others:
         raise UserError(f"--trial {folder} holds {', '.join(sorted(others)[:3])} already; give it an empty folder")
     saves = config.training.save_every_steps
     return replace(
@@ -81,7 +107,9 @@ def begin_trial(folder: Path) -> None:
         folder: one that `trial_config` has found to be the trial's own.
     """
     be_killed_first()
-    (folder / RECIPE).unlink(missing_ok=True)  # it has been read, and URLs in it may hold what opens them
+    TrialFiles(folder, process_rank()).recipe.unlink(
+        missing_ok=True
+    )  # it has been read, and URLs in it may hold what opens them
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
 
@@ -192,7 +220,7 @@ class TrialTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         self.checkpoints.finish()
         folder = self.checkpoints.run / f"checkpoint-{self.state.global_step}"
-        self.phases.end("checkpoint", bytes=size_of([folder]))
+        self.phases.end("checkpoint", bytes=size_of([folder]) if self.args.should_save else 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As a run's; an evaluation tells its figures before answers are made."""
@@ -216,15 +244,20 @@ class TrialSteps(TrainerCallback):
             control.should_save = self.saves
 
 
-def steps_of_trial(found: FoundBatches, ordinary: list[list[Packs]], *, accumulation_steps: int) -> list[TrialStep]:
+def steps_of_trial(
+    found: FoundBatches, ordinary: list[list[Packs]], *, accumulation_steps: int, all_kinds: bool = False
+) -> list[TrialStep]:
     """The worst micro-batches, each as a whole step, and then ordinary steps.
 
     The first step is one of the worst too, before the optimizer has a state, and counts for no time. A micro-batch that
     is the worst in several ways has one step.
+
+    Args:
+        all_kinds: whether it has several all the same: processes that have found their own must take as many steps.
     """
     steps, seen = [], set()
     for kind in KINDS:
-        if found.worst[kind] not in seen:
+        if all_kinds or found.worst[kind] not in seen:
             seen.add(found.worst[kind])
             steps.append(TrialStep(kind, [found.fed[kind]] * accumulation_steps))
     return [TrialStep(WARM_UP, steps[0].micro_batches), *steps, *(TrialStep(ORDINARY, step) for step in ordinary)]
@@ -237,7 +270,8 @@ def run_trial(trainer: TrialTrainer, run: Run, config: RunConfig, **export: Any)
         config: that of the trial.
         export: what `Run.export` is told beside the trainer.
     """
-    phases = trainer.phases = Phases(run.path.parent / REPORT)
+    processes = trainer.args.world_size
+    phases = trainer.phases = Phases(TrialFiles(run.path.parent, process_rank()).report)
     phases.end("start", seconds=time.time() - psutil.Process().create_time())
     if torch.cuda.is_available():
         phases.report["cuda_available_bytes"] = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
@@ -247,7 +281,12 @@ def run_trial(trainer: TrialTrainer, run: Run, config: RunConfig, **export: Any)
     ordinary = [
         step for step, _ in itertools.islice(trainer.new_feed().marked_steps(), min(ORDINARY_STEPS, feed.steps))
     ]
-    steps = steps_of_trial(found, ordinary, accumulation_steps=config.training.accumulation_steps)
+    steps = steps_of_trial(
+        found,
+        ordinary,
+        accumulation_steps=config.training.accumulation_steps,
+        all_kinds=processes > 1 and isinstance(feed, StreamFeed),
+    )
     trainer.trial_feed = TrialFeed(steps, run_steps=feed.steps)
     phases.report |= {
         "steps": feed.steps,
@@ -267,25 +306,26 @@ def run_trial(trainer: TrialTrainer, run: Run, config: RunConfig, **export: Any)
         trainer.evaluate_once()
         phases.end("answers")
     run.export(trainer, config.adapter, **export)
-    phases.end("result", bytes=size_of([run.path / "model"]))
+    phases.end("result", bytes=size_of([run.path / "model"]) if trainer.args.should_save else 0)
 
 
 def _choose_evaluation(trainer: TrialTrainer, config: RunConfig) -> dict[str, Any]:
     """Leave the trainer the worst evaluation batches and the longest questions; tell what share of all they are."""
     if trainer.eval_dataset is None:
         return {}
+    processes = trainer.args.world_size
     indices, tokens, all_tokens = worst_evaluation(trainer.eval_dataset, trainer.args.eval_batch_size)
-    trainer.eval_dataset = Subset(trainer.eval_dataset, indices)
+    trainer.eval_dataset = Subset(trainer.eval_dataset, indices * processes)  # which share it
     evaluation = config.evaluation
     [answers] = [one for one in trainer.callback_handler.callbacks if isinstance(one, Answers)]
     asked = answers.conversations if evaluation.exact_match else answers.conversations[: evaluation.samples]
     chosen = asked
-    if len(asked) > ANSWERED_AT_ONCE:
+    if len(asked) > ANSWERED_AT_ONCE * processes:
         chosen = sorted(asked, key=lambda one: -sum(len(str(turn.get("content"))) for turn in one.messages))
-        chosen = chosen[:ANSWERED_AT_ONCE]
+        chosen = chosen[: ANSWERED_AT_ONCE * processes]
     between = min(evaluation.samples, len(answers.conversations))
     answers.conversations = chosen
     return {
-        "evaluation_tokens": [tokens, all_tokens],
+        "evaluation_tokens": [tokens * processes, all_tokens],
         "answers": {"tried": len(chosen), "at_ends": len(asked), "between": between},
     }

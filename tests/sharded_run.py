@@ -82,7 +82,6 @@ def _outcome(command: Command, rank: int) -> str:
     """What a command ended with; an error that is not the user's ends all."""
     import train
     from config.loader import ConfigError, read_command_line
-    from src import assembly
     from utils.errors import UserError
 
     torch.distributed.barrier()
@@ -92,11 +91,7 @@ def _outcome(command: Command, rank: int) -> str:
         torch.distributed.barrier()
         return ""
     try:
-        own = partial(_on_an_accelerator, assembly.trainer_arguments)
-        with (
-            mock.patch.object(assembly, "trainer_arguments", own),
-            mock.patch.object(assembly, "check_engine", return_value=None),  # as where there is an accelerator
-        ):
+        with sharding_here():
             train.train(read_command_line(list(map(str, command))))
     except (ConfigError, UserError) as error:
         return str(error)
@@ -104,6 +99,19 @@ def _outcome(command: Command, rank: int) -> str:
         traceback.print_exc()
         raise
     return ""
+
+
+@contextlib.contextmanager
+def sharding_here():
+    """Weights are sharded on a CPU too."""
+    from src import assembly
+
+    own = partial(_on_an_accelerator, assembly.trainer_arguments)
+    with (
+        mock.patch.object(assembly, "trainer_arguments", own),
+        mock.patch.object(assembly, "check_engine", return_value=None),  # as where there is an accelerator
+    ):
+        yield
 
 
 def _on_an_accelerator(own, *args):

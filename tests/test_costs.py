@@ -20,6 +20,7 @@ from config.schema import (
 )
 from src.costs import Costs
 from src.proposals import candidates, options_of, propose
+from src.trial_parts import Part
 from utils.logging import set_up_logging
 from utils.memory import _group_bytes, available_bytes
 
@@ -60,8 +61,15 @@ def config_of(**training):
     )
 
 
+def costs_of(report, config, *available_mib):
+    """Of as many processes on one machine as there are sizes, which all have found the same."""
+    return Costs.of_parts(
+        [Part("measured", "", report, "here", size and size * MIB) for size in available_mib or (None,)], config
+    )
+
+
 def test_the_time_of_a_run_is_its_steps_evaluations_answers_and_saves():
-    costs = Costs.of_report(REPORT, config_of(), available={"resident": 810 * MIB})
+    costs = costs_of(REPORT, config_of(), 810)
     one = costs.projection
     assert one.step_s * one.steps == pytest.approx(4.0 / 1500 * 10_000)
     # evaluations before, at step 5 and at the end, each of three times what was tried; two batches of questions at
@@ -72,35 +80,69 @@ def test_the_time_of_a_run_is_its_steps_evaluations_answers_and_saves():
     assert one.high_s == pytest.approx(3.0 / 1000 * 10_000 + other)
     assert costs.fits  # 900 MiB, of which 100 are the data's
     assert costs.to_dict()["peak_mib"] == {"resident": 900}
-    assert not Costs.of_report(REPORT, config_of(), available={"resident": 790 * MIB}).fits
-    assert not Costs.of_report(REPORT, config_of(), available={"resident": 810 * MIB}, processes_here=2).fits
+    assert not costs_of(REPORT, config_of(), 790).fits
+    assert not costs_of(REPORT, config_of(), 810, 810).fits
 
 
 @pytest.mark.parametrize(("grace_s", "said"), [(5.0, True), (30.0, False)])
 def test_a_plan_says_that_a_step_and_a_save_outlast_the_grace_period(grace_s, said, tmp_path, monkeypatch, capsys):
-    costs = Costs.of_report(REPORT, config_of(), available={"resident": 810 * MIB})
+    costs = costs_of(REPORT, config_of(), 810)
     monkeypatch.setattr("src.trial_process.measure_costs", lambda config, entry: costs)
     config = replace(config_of(grace_period_s=grace_s), output=OutputConfig(folder=str(tmp_path)))
     logging.getLogger("smolfactory").handlers.clear()  # so that the log goes to the stream of this test
     set_up_logging()
     train._show_costs(config)
     found = capsys.readouterr()
+    logging.getLogger("smolfactory").handlers.clear()  # that stream is closed now
     assert ("than training.grace_period_s=5: it may be killed before it has saved" in found.err) == said
     assert "checkpoint" in found.out
 
 
-def test_two_processes_share_an_epoch_and_not_a_number_of_steps():
-    shared = Costs.of_report(REPORT, config_of(), available={}, processes=2).projection
-    fixed = Costs.of_report(REPORT, config_of(max_steps=10), available={}, processes=2).projection
-    assert (shared.steps, fixed.steps) == (5, 10)
-    assert shared.step_s == pytest.approx(fixed.step_s)
+def test_processes_share_tokens_evaluations_and_answers_and_each_has_its_peak():
+    other = REPORT | {
+        "phases": [
+            one | {"seconds": 2 * one["seconds"], "resident_bytes": one["resident_bytes"] - 8 * MIB}
+            for one in REPORT["phases"]
+        ],
+        "ordinary_tokens": [700, 1000],
+    }
+    parts = [Part("measured", "", report, "here", 3000 * MIB, held=100 * MIB) for report in (REPORT, other)]
+    costs = Costs.of_parts(parts, config_of())
+    one = costs.projection
+    # The slower of both in each step, for the mean of their tokens; half of all tokens is each one's.
+    assert one.step_s * one.steps == pytest.approx(8.0 / 1600 * 5_000)
+    # 64 questions are one batch of both, and those that were tried, too.
+    assert one.answers_s == pytest.approx(8.0 * (1 + 1 + 1))
+    assert one.evaluation_s == pytest.approx(4.0 * 3)
+    assert costs.by_process == ({"resident": 900 * MIB}, {"resident": 892 * MIB})
+    assert costs.needed == (800 + 792) * MIB
+    assert costs.available == {"resident": 3200 * MIB}  # what both plans take is gone by then
+    assert "MiB of host by process: 900, 892" in "\n".join(costs.lines())
+
+
+def test_the_machine_that_has_least_left_decides_whether_a_run_fits():
+    parts = [Part("measured", "", REPORT, machine, size * MIB) for machine, size in (("one", 9000), ("two", 700))]
+    costs = Costs.of_parts(parts, config_of())
+    assert (costs.fits, costs.needed, costs.available) == (False, 800 * MIB, {"resident": 700 * MIB})
+
+
+def test_a_trial_ends_as_the_process_that_failed_first():
+    lost = Part("failed", "another process of this run has ended (exit code 2)", {}, "here", None)
+    killed = Part("out of memory", "CUDA out of memory", REPORT, "here", None)
+    stopped = Part(None, "", REPORT, "here", None)
+    costs = Costs.of_parts([lost, killed, stopped], config_of())
+    assert (costs.outcome, costs.reason, costs.fits) == ("out of memory", "CUDA out of memory", False)
+    wrong = Part("failed", "no such column (exit code 2)", {}, "here", None)
+    costs = Costs.of_parts([stopped, lost, wrong], config_of())
+    assert (costs.outcome, costs.reason, costs.fits) == ("failed", wrong.reason, None)
+    assert costs.lines()[-1] == f"  the trial did not come to its end: {wrong.reason}"
 
 
 def test_what_a_trial_says_is_no_wider_than_a_terminal():
     most = {"tokens": 131_072, "supervised": 131_000, "longest": 131_072, "packs": 8}
     worst = {"most supervised tokens": most, "most tokens": most}
     report = REPORT | {"worst": worst, "phases": [*REPORT["phases"], phase("most supervised tokens", 1.0, 880)]}
-    lines = Costs.of_report(report, config_of(), available={"resident": 2**34}).lines()
+    lines = costs_of(report, config_of(), 2**14).lines()
     assert max(map(len, lines)) <= 100, lines
     assert any("900 MiB of host at most" in line for line in lines)
 
@@ -165,9 +207,7 @@ def test_what_changes_the_result_says_so():
 def test_trying_ends_with_the_first_that_fits():
     def measure(config):
         big = config.training.micro_batch_rows > 2
-        report = REPORT
-        available = {"resident": (100 if big else 2000) * MIB}
-        return Costs.of_report(report, config, available=available)
+        return costs_of(REPORT, config, 100 if big else 2000)
 
     tried = propose(config_of(micro_batch_rows=8), measure)
     assert [one.fits for one in tried] == [False, True]

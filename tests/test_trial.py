@@ -55,9 +55,9 @@ def result_of_run(recipe, *options):
     return json.loads((recipe.parent / "outputs" / "run" / "result.json").read_text())
 
 
-def peak_of_run(recipe):
+def peak_of_run(recipe, *options):
     """What a run says that it took at most, in MiB."""
-    return result_of_run(recipe)["peak_memory"]["resident_mib"]
+    return result_of_run(recipe, *options)["peak_memory"]["resident_mib"]
 
 
 def assert_predicted(run, costs):
@@ -92,7 +92,7 @@ def recipe_of(folder, shape):
     if shape == "packed, all weights":
         wide = ARCHITECTURE | DEEP | {"vocab_size": 50_000}
         return write_recipe(
-            folder, model={"architecture": wide}, data=packed, training=training | {"micro_batch_rows": 4}
+            folder, model={"architecture": wide}, data=packed, training=training | {"micro_batch_rows": 8}
         )
     if shape == "LoRA":
         base = write_checkpoint(folder / "base", vocabulary=50_000, **DEEP)
@@ -117,16 +117,17 @@ def recipe_of(folder, shape):
 @needs_peaks
 def test_a_run_takes_the_memory_that_its_trial_took_and_is_not_changed_by_it(tmp_path):
     recipe = recipe_of(tmp_path, "packed, all weights")
-    before = peak_of_run(recipe)  # this prepares the data too, in processes of its own
+    short = ("--training.micro_batch_rows", "4", "--training.max_steps", "2", "--training.save_every_steps", "1")
+    before = peak_of_run(recipe, *short)  # this prepares the data too, in processes of its own
     folder = tmp_path / "outputs"
     (folder / "run").rename(folder / "before")
     there = files_below(folder)
-    costs = measured(recipe)
+    costs = measured(recipe, *short)
     assert costs.outcome == "measured", costs.lines()
     assert files_below(folder) == there
     assert costs.fits
     assert_predicted(before, costs)
-    done = run_train("--config", recipe)
+    done = run_train("--config", recipe, *short)
     assert done.code == 0, done.stderr
     assert_same_run(folder / "run", folder / "before")
 
@@ -197,7 +198,7 @@ def test_a_trial_that_gets_no_more_memory_says_so(tmp_path):
 
 def limit(child, outputs):
     """Let a trial, once it has built the run, take 16 MiB more: enough for a thread and its stack, and no gradients."""
-    while not list(outputs.glob(".trial-*/report.json")):
+    while not list(outputs.glob(".trial-*/report-0.json")):
         time.sleep(0.01)
     status = Path(f"/proc/{child.pid}/status").read_text().split("VmData:")[1]
     most = 1024 * int(status.split()[0]) + 2**24
@@ -235,7 +236,7 @@ def test_a_trial_ends_with_the_process_that_started_it(tmp_path):
     report = None
     while report is None:
         assert plan.poll() is None
-        report = next((tmp_path / "outputs").glob(".trial-*/report.json"), None)
+        report = next((tmp_path / "outputs").glob(".trial-*/report-0.json"), None)
         time.sleep(0.01)
     [child] = psutil.Process(plan.pid).children()
     plan.kill()
@@ -285,7 +286,7 @@ def writable_bytes_of(recipe):
             while True:
                 status = Path(f"/proc/{child.pid}/status").read_text()
                 now = 1024 * int(status.split("VmData:")[1].split()[0])
-                building = not list((recipe.parent / "outputs").glob(".trial-*/report.json"))
+                building = not list((recipe.parent / "outputs").glob(".trial-*/report-0.json"))
                 seen["start" if building else "most"] = max(now, seen.get("start" if building else "most", 0))
                 time.sleep(0.01)
 

@@ -31,8 +31,3 @@ def processes_started() -> int:
 def this_process() -> str:
     """This process's name for a reader of several processes' messages."""
     return f"process {process_rank()} of {processes_started()}, on {socket.gethostname()}"
-
-
-def processes_here() -> int:
-    """Processes that the launcher started on this machine, by its own account."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

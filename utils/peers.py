@@ -2,6 +2,7 @@
 
 patience = PatientGroup()          # in all processes
 patience.wait()                    # for one that works alone for long
+patience.shared("by each")         # ["by each", ...], by rank
 with lost_processes_told(run):     # what a user is told of a killed machine, a cut link
     ...
 """
@@ -10,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +46,18 @@ class PatientGroup:
         """Until all processes are here."""
         if self._group is not None:
             torch.distributed.barrier(group=self._group)
+
+    def shared(self, value: Any) -> list[Any]:
+        """What each process has given, by rank; all of them call this together.
+
+        Args:
+            value: anything that pickles.
+        """
+        if self._group is None:
+            return [value]
+        found = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, value, group=self._group)
+        return found
 
 
 @contextlib.contextmanager
