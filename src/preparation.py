@@ -20,7 +20,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ from src.sources import Row, SourceRows
 from src.tokenization import RowEncoder, TokenRow
 from utils.files import whole_folder
 from utils.hash_set import HashSet
+
+T = TypeVar("T")
 
 BATCH_ROWS = 500
 """Rows that are rendered and tokenized at once."""
@@ -140,7 +142,7 @@ class Preparation:
             shard += 1
         rows = itertools.islice(source.found, shard * self.shard_rows, None)
         per_shard = self.shard_rows // BATCH_ROWS
-        with _older_objects_left_alone(), contextlib.closing(self.encoded(source, rows)) as encoded:
+        with contextlib.closing(_older_objects_left_alone(self.encoded(source, rows))) as encoded:
             rows_read = self.shard_rows
             while rows_read == self.shard_rows:
                 with whole_folder(self._place(source, shard)) as place:
@@ -263,20 +265,19 @@ class Preparation:
         return rows_read
 
 
-@contextlib.contextmanager
-def _older_objects_left_alone() -> Iterator[None]:
-    """Spare the garbage collector the objects that are there already, those of every imported module.
+def _older_objects_left_alone(batches: Iterator[T]) -> Iterator[T]:
+    """The batches; from the second on the garbage collector is spared the objects that were there before, those of
+    every imported module.
 
-    It would walk them again and again as rows come and go, for an eighth of the time that Python takes.
+    It would walk them again and again as rows come and go, for an eighth of the time that Python takes. To ask whether
+    somebody else has spared it takes longer than one batch.
     """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+    with contextlib.closing(batches), contextlib.ExitStack() as spared:
+        for count, batch in enumerate(batches):
+            if count == 1 and not gc.get_freeze_count():
+                gc.freeze()
+                spared.callback(gc.unfreeze)
+            yield batch
 
 
 @contextlib.contextmanager

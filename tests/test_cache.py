@@ -33,7 +33,7 @@ from src.cache import (
 )
 from src.data import build_datasets
 from src.formats import row_converter
-from src.preparation import OpenSource, Preparation
+from src.preparation import BATCH_ROWS, OpenSource, Preparation
 from src.sources import open_source
 from src.tokenization import RowEncoder
 from tests.test_bad_input import small_disk
@@ -369,12 +369,15 @@ def test_twenty_kills_lose_one_shard_each_at_most_and_leave_no_trace(tmp_path):
     assert bytes_below(tmp_path / "cut") == bytes_below(tmp_path / "whole")
 
 
-def test_the_garbage_collector_sees_all_objects_again_after_a_preparation(tmp_path):
-    config = DataConfig(train=(write(tmp_path / "a.jsonl", 3),), max_length=64)
+def test_the_garbage_collector_is_spared_old_objects_while_rows_are_prepared_alone(tmp_path, monkeypatch):
+    freeze, frozen = gc.freeze, []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(freeze()))
+    config = DataConfig(train=(write(tmp_path / "a.jsonl", 2 * BATCH_ROWS),), max_length=64)
     tokenizer = toy_tokenizer()
     gc.unfreeze()  # what tests/conftest.py has frozen
     build_datasets(config, tokenizer, cache_folder=tmp_path / "cache")
-    assert gc.get_freeze_count() == 0
-    gc.freeze()  # another's choice, which stays
+    assert (len(frozen), gc.get_freeze_count()) == (1, 0)
+    freeze()  # another's choice, which stays
     build_datasets(config, tokenizer, cache_folder=tmp_path / "other")
+    assert len(frozen) == 1
     assert gc.get_freeze_count() > 0

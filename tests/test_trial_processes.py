@@ -13,7 +13,7 @@ import torch
 from config.loader import read_command_line
 from src.trial_process import measure_costs
 from tests.processes import launch_processes
-from tests.sharded_run import shipped_settings, train_sharded
+from tests.sharded_run import shipped_settings
 from tests.test_trial import WITHIN, needs_peaks, recipe_of
 from tests.tiny_run import ROOT, write_recipe
 
@@ -37,6 +37,8 @@ report = {"phases": phases, "steps": 1, "tokens": 8, "ordinary_tokens": [4], "wo
 (folder / f"report-{rank}.json").write_text(json.dumps(report))
 """
 """In the place of `train.py`, so that it takes no time: both meet, and tell what they were given."""
+
+SHARDED = ROOT / "tests" / "sharded_entry.py"
 
 FAILS = "if rank == 1:\n    sys.exit('error: it does not go')\ntime.sleep(600)\n"
 
@@ -117,14 +119,22 @@ def test_processes_take_the_memory_that_their_trial_took(tmp_path):
 
 def measure_sharded(folder, recipe):
     os.environ.update(shipped_settings())
-    measure(folder, ROOT / "tests" / "sharded_entry.py", recipe, EIGHT_STEPS)
+    measure(folder, SHARDED, recipe, EIGHT_STEPS)
 
 
 @pytest.mark.slow
 @needs_peaks
 def test_processes_that_share_the_weights_take_the_memory_that_their_trial_took(tmp_path):
     recipe = recipe_of(tmp_path, "packed, all weights")
-    assert train_sharded(tmp_path, ["--config", recipe, *EIGHT_STEPS]) == [""]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SHARDED)]
+    done = subprocess.run(
+        [*command, "--config", str(recipe), *EIGHT_STEPS],
+        cwd=ROOT,
+        env=os.environ | shipped_settings(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "outputs" / "run" / "result.json").read_text())
     launch_processes(measure_sharded, tmp_path, recipe)
     costs = json.loads((tmp_path / "0.json").read_text())

@@ -6,6 +6,7 @@ published = public_record(json.loads(path.read_text()))
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,16 @@ _START = rf"(?<![\w.:/~<\\-])(?:file://)?(?:/(?={_PART}/)|~/|(?:\.\./)+|[A-Za-z]
 def redact(text: str) -> str:
     """`text` with every secret replaced by `***`: Hub tokens, authorization headers, credentials in URLs, and values of
     environment variables whose names say that they are secret."""
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= 8:
-            text = text.replace(value, "***")
+    return _redact(text, _secret_values())
+
+
+def _secret_values() -> list[str]:
+    return [value for name, value in os.environ.items() if len(value) >= 8 and _SECRET_NAME.search(name)]
+
+
+def _redact(text: str, values: Sequence[str]) -> str:
+    for value in values:
+        text = text.replace(value, "***")
     text = re.sub(r"Bearer (?=\S{8})[^'\"\n]+", "Bearer ***", text)  # prose that is logged has shorter words after it
     text = re.sub(r"Basic [A-Za-z0-9+/]{12,}=*", "Basic ***", text)
     text = re.sub(r"(?<=:/)(/?)[^/@\s'\"]+(?=@)", r"\1***", text)  # a URL that was taken for a path has one slash
@@ -30,11 +38,16 @@ def redact(text: str) -> str:
 
 def redacted(content: Any) -> Any:
     """A JSON value with every secret in its strings replaced."""
-    if isinstance(content, dict):
-        return {redacted(key): redacted(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [redacted(value) for value in content]
-    return redact(content) if isinstance(content, str) else content
+    values = _secret_values()  # once for all its strings
+
+    def without(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {without(key): without(value) for key, value in part.items()}
+        if isinstance(part, list | tuple):
+            return [without(value) for value in part]
+        return _redact(part, values) if isinstance(part, str) else part
+
+    return without(content)
 
 
 def without_folders(text: str) -> str:
