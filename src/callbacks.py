@@ -37,6 +37,16 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+class Intervals(TrainerCallback):
+    """Logs, saves and evaluates a run that goes on as often as its settings say, and not as its checkpoint was written
+    under."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class Progress(TrainerCallback):
     """One line a logged step, the last step included: loss, learning rate, gradient norm, speed, and the time left."""
 

@@ -89,12 +89,22 @@ class Run:
             write_json(path, content)
 
     def _keep_changes(self, name: str, changed: list[dict[str, Any]]) -> None:
-        """Add what has changed in a file of the record, which now forgets it, to those of earlier resumes."""
-        path = self.path / CHANGES
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        if changed:
+        """Add what has changed in a file of the record, which now forgets it, to those of earlier resumes.
+
+        Of resumes from here, or from later on, no step is left: what they changed and this one takes back is no change.
+        """
+        path, step = self.path / CHANGES, step_of(self.checkpoint)
+        known = read_json_file(path, "bring it back as it was") if path.is_file() else []
+        undone = [one for one in known if one["file"] == name and one["step"] >= step]
+        net: dict[str, dict[str, Any]] = {}
+        for one in [*undone, *changed]:
+            before = net.get(one["name"], one)["before"]
+            net[one["name"]] = {**one, "step": step, "file": name, "before": before}
+        content = [one for one in known if one not in undone]
+        content += [one for one in net.values() if one["before"] != one["after"]]
+        if content != known:
             with writing_to(path):
-                write_json(path, known + [{"step": step_of(self.checkpoint), "file": name, **one} for one in changed])
+                write_json(path, content)
 
     def exists(self) -> bool:
         """Whether the directory holds a run, and not only a plan of one."""
