@@ -94,7 +94,7 @@ class Run:
         Of resumes from here, or from later on, no step is left: what they changed and this one takes back is no change.
         """
         path, step = self.path / CHANGES, step_of(self.checkpoint)
-        known = read_json_file(path, "bring it back as it was") if path.is_file() else []
+        known = read_json_file(path, "bring it back as it was", list) if path.is_file() else []
         undone = [one for one in known if one["file"] == name and one["step"] >= step]
         net: dict[str, dict[str, Any]] = {}
         for one in [*undone, *changed]:
@@ -113,7 +113,9 @@ class Run:
     def plan(self) -> dict[str, Any] | None:
         """The record of the preflight of the start before, where the run goes on from a checkpoint."""
         path = self.path / PLAN
-        return json.loads(path.read_text(encoding="utf-8")) if self.checkpoint and path.is_file() else None
+        if self.checkpoint is None or not path.is_file():
+            return None
+        return read_json_file(path, "bring it back, or remove it: it names the checks that were forced before", dict)
 
     def export(
         self,
