@@ -110,12 +110,12 @@ class Run:
         """Whether the directory holds a run, and not only a plan of one."""
         return self.path.is_dir() and any(path.name not in (PLAN, LOCK) for path in self.path.iterdir())
 
-    def plan(self) -> dict[str, Any] | None:
-        """The record of the preflight of the start before, where the run goes on from a checkpoint."""
-        path = self.path / PLAN
+    def before(self, name: str) -> dict[str, Any]:
+        """A file of the record as the start before left it; empty where the run does not go on, or there is none."""
+        path = self.path / name
         if self.checkpoint is None or not path.is_file():
-            return None
-        return read_json_file(path, "bring it back, or remove it: it names the checks that were forced before", dict)
+            return {}
+        return read_json_file(path, "bring it back, or remove it to go on without what it tells of the start", dict)
 
     def export(
         self,
@@ -176,12 +176,14 @@ class Run:
             if name in result["before"] and name in result["after"]:
                 log.info("%s: %.4f before, %.4f after", label, result["before"][name], result["after"][name])
         memory = result["peak_memory"].get("cuda_mib", result["peak_memory"]["resident_mib"])
-        log.info("%d steps in %s, %s MiB at most", result["steps"], clock(seconds), f"{memory:,}")
+        since = f" (since step {result['seconds_since_step']})" if self.checkpoint else ""
+        log.info("%d steps in %s%s, %s MiB at most", result["steps"], clock(seconds), since, f"{memory:,}")
         log.info("the result is in %s; try it:", self.path / "model")
         log.info('  python scripts/generate.py %s --prompt "..."', self.path / "model")
 
     def _result(self, trainer: SFTTrainer, *, seconds: float) -> dict[str, Any]:
-        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         metrics = [json.loads(line) for line in lines]
         steps = trainer.state.global_step
         losses = [line["loss"] for line in metrics if line.get("loss") is not None]
@@ -189,12 +191,13 @@ class Run:
             "steps": steps,
             "tokens": trainer.state.num_input_tokens_seen,
             "seconds": round(seconds, 1),
+            "seconds_since_step": step_of(self.checkpoint) if self.checkpoint else 0,
             "skipped_steps": trainer.numbers.skipped,
             "best": trainer.best.record(),
             "attention": trainer.model.config._attn_implementation,
             "packing": trainer.train_dataset.packs_rows(),
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
+            "first_loss": next(iter(losses), None),  # a run that goes on from its last step may have lost its lines
+            "last_loss": next(reversed(losses), None),
             "before": _evaluations(metrics, 0),
             "after": _evaluations(metrics, steps),
             "peak_memory": peak_memory(),

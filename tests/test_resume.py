@@ -328,7 +328,7 @@ def test_a_damaged_record_is_told_and_costs_no_line_but_its_own(whole, stopped):
     done = resume(whole)
     assert done.code == 2
     assert f"{stopped / 'plan.json'} is no JSON" in done.stderr
-    assert "bring it back, or remove it" in done.stderr
+    assert "bring it back, or remove it to go on" in done.stderr
     (stopped / "plan.json").unlink()
     done = resume(whole)
     assert done.code == 0, done.stderr

@@ -117,3 +117,23 @@ def test_what_a_resume_changed_and_the_next_takes_back_is_no_change(tmp_path):
     assert goes_on(6, 3) == [(4, 1, 2), (6, 2, 3)]
     assert goes_on(2, 1) == [], "all steps under others are behind where it goes on"
     assert goes_on(2, 4) == [(2, 1, 4)]
+
+
+def test_the_model_card_of_a_resumed_run_has_the_command_that_started_it(run):
+    started = json.loads((run / "environment.json").read_text())["command"]
+    done = resume(run, "--force", "start_loss")
+    assert done.code == 0, done.stderr
+    assert json.loads((run / "environment.json").read_text())["command"] == started
+    card = (run / "README.md").read_text()
+    assert "--resume" not in card
+    assert "seconds since step 4." in card
+    assert "6 steps in" in done.stderr
+    assert "(since step 4)" in done.stderr
+
+
+def test_a_finished_run_that_lost_its_metrics_ends_all_the_same(run):
+    assert resume(run).code == 0
+    (run / "metrics.jsonl").unlink()
+    done = resume(run)
+    assert done.code == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["first_loss"] is None
