@@ -85,7 +85,7 @@ def train(command: CommandLine) -> None:
         return _show(plan, run, checks)
     checks.enforce()
     _check_hub(config.hub, checks, create=True)  # nothing else proves that it may be
-    run.record("plan.json", plan.as_json(checks, before=run.plan()))
+    run.record("plan.json", plan.as_json(checks, before=run.before("plan.json")))
     _record(config, own, run, data.report | packs, cache_folder)
 
     if config.adapter.init == "eva" and run.checkpoint is None:

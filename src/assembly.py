@@ -26,7 +26,7 @@ from src.adapter_export import starting_weights
 from src.adapter_probe import probe_adapter
 from src.adapters import add_adapter, count_parameters
 from src.attention_choice import prove_attention
-from src.callbacks import Answers, MetricsFile, Progress
+from src.callbacks import Answers, Intervals, MetricsFile, Progress
 from src.chat_setup import check_stop_trains
 from src.compilation import CompiledLayers, check_compilation
 from src.context import check_length, context_length
@@ -198,7 +198,7 @@ def build_trainer(
         order_settings=redacted(row_order_settings(to_dict(config))),
         max_bad_steps=training.max_bad_steps,
         patience=config.evaluation.patience,
-        callbacks=[Sharded(), Progress(), metrics, answers],
+        callbacks=[Sharded(), Intervals(), Progress(), metrics, answers],
     )
     answers.stops_early = lambda: trainer.best.out_of_patience
     trainer.add_callback(CompiledLayers(training.compile, score, trainer.data_collator))

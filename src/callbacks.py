@@ -37,6 +37,16 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+class Intervals(TrainerCallback):
+    """Logs, saves and evaluates a run that goes on as often as its settings say, and not as its checkpoint was written
+    under."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class Progress(TrainerCallback):
     """One line a logged step, the last step included: loss, learning rate, gradient norm, speed, and the time left."""
 
@@ -127,12 +137,15 @@ def cut_lines(path: Path, is_past: Callable[[dict[str, Any]], bool]) -> None:
 
     Args:
         path: a file that need not exist; what cannot be read goes too, as a killed run was writing it, or a loss of
-            power left it empty.
+            power left it empty. Where lines behind it are kept it is damaged, and that is told.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     whole_lines = text.split("\n")[:-1]  # str.splitlines would also split at line separators within an answer
-    kept = itertools.takewhile(lambda line: (record := _read(line)) is not None and not is_past(record), whole_lines)
-    if (rest := "".join(f"{line}\n" for line in kept)) != text:
+    records = itertools.takewhile(lambda record: record is None or not is_past(record), map(_read, whole_lines))
+    readable = [number for number, record in enumerate(records) if record is not None]
+    if readable and (lost := readable[-1] + 1 - len(readable)):
+        log.warning("%s is damaged: %d line(s) of it cannot be read and are removed", path, lost)
+    if (rest := "".join(f"{whole_lines[number]}\n" for number in readable)) != text:
         with writing_to(path):
             write_text(path, rest)
 

@@ -60,7 +60,8 @@ def record_origins(run: Run, config: RunConfig, own: ModelConfig, cache_folder: 
     if not is_main_process():
         return
     machine = environment(ROOT) | {"program_sha256": program_sha256(ROOT), "folder": str(Path.cwd())}
-    run.record("environment.json", machine, matters=MATTERS)
+    started = run.before("environment.json").get("command", machine["command"])  # a resume's makes no run
+    run.record("environment.json", machine | {"command": started}, matters=MATTERS)
     digests = known_digests(cache_folder)
     found = {name: described(path, digests, revision) for name, (path, revision) in _named(config, own).items()}
     try:

@@ -346,8 +346,8 @@ def _results(run: _Run) -> str:
     if None not in losses and losses[0] != losses[1]:
         lines += [f"Training loss, first and last logged: {losses[0]:.4f} and {losses[1]:.4f}."]
     facts = [f"{run.result[key]:,} {key}" for key in ("tokens", "seconds") if run.result.get(key) is not None]
-    if facts:
-        lines += [f"Training took {', '.join(facts)}."]
+    since = f" since step {step:,}" if (step := run.result.get("seconds_since_step")) else ""
+    lines += [f"Training took {', '.join(facts)}{since}."] if facts else []
     return "\n\n".join(lines if len(lines) > 1 else [*lines, "None were recorded."])
 
 

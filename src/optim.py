@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from config.schema import OptimConfig
+from src.optimizer_state import keep_options, options_of, other_state
 from utils.distributed import shards_weights
 from utils.errors import UserError
 from utils.logging import get_logger
@@ -343,6 +344,20 @@ class OptimizerHooks:
             steps = decay_steps(self.optim, steps=num_training_steps, warmup_steps=warmup_steps)
             self.args.lr_scheduler_kwargs["num_decay_steps"] = steps
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's, which would go on with the checkpoint's rates, decay and betas, whatever is asked for now.
+
+        Raises:
+            UserError: the state is that of another optimizer, or of other weights.
+        """
+        given = options_of(self.optimizer)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise other_state(checkpoint, error) from error
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            keep_options(self.optimizer, self.lr_scheduler, given, checkpoint)
 
     def learning_rates(self, steps: int) -> np.ndarray:
         """The rate that each step of a run will take, by the run's own schedule, float64, (steps,)."""

@@ -22,6 +22,7 @@ from src.inputs import ROOT, described, program_sha256
 from src.run import CHANGES
 from utils.digests import Digests
 from utils.errors import UserError
+from utils.json_text import read_json_file
 from utils.launch import is_main_process, processes_started
 from utils.logging import get_logger
 from utils.reproducibility import environment
@@ -85,10 +86,7 @@ class Original:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; only a run that has ended, with its whole record, can be repeated")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); bring it back") from error
+    return read_json_file(path, "bring it back", dict)
 
 
 def as_it_was(command: CommandLine) -> CommandLine:
@@ -116,7 +114,7 @@ def _refuse_changed(original: Original) -> None:
         UserError: the run was resumed under other conditions than it started with, so that its record is of its end.
     """
     path = original.path / CHANGES
-    changes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    changes = read_json_file(path, "bring it back", list) if path.is_file() else []
     told = [
         f"{change['name']} from {change['before']!r} to {change['after']!r} at step {change['step']}"
         for change in changes
@@ -277,8 +275,11 @@ def _first_other_step(one: Path, other: Path) -> str:
     """From which step on two runs' losses part, in words."""
     losses = []
     for folder in (one, other):
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses.append({line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line})
+        try:
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            losses.append({line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line})
+        except (OSError, ValueError) as error:
+            return f"the losses in {folder / 'metrics.jsonl'} cannot be read ({error})"
     apart = [step for step in sorted(losses[0].keys() & losses[1].keys()) if losses[0][step] != losses[1][step]]
     return f"their losses differ from step {apart[0]} on" if apart else "their losses on record are the same"
 

@@ -56,15 +56,27 @@ class RowOrder:
         then takes up the new order at this step. The rows of a stream are compared once they are read.
 
         Raises:
-            UserError: they do, and no setting that orders them has changed.
+            UserError: they do, and no setting that orders them has changed; the run ends before the checkpoint; or it
+                is streamed now and was not then.
         """
         step, path = step_of(checkpoint), checkpoint / ORDER
+        if step > feed.steps:
+            raise UserError(
+                f"{checkpoint.name} stands behind the end of the run, which has {feed.steps:,} step(s) by its settings;"
+                f" raise training.max_steps or training.epochs to more than {step:,} steps, or go on from an earlier "
+                f"checkpoint by --resume {checkpoint.parent}/checkpoint-N"
+            )
         content = read_json_file(path, ANOTHER_CHECKPOINT) if path.is_file() else None
         if content is None:
             log.warning(
                 "%s has no %s, as those of older runs have none; the order of rows is not checked", checkpoint, ORDER
             )
         if isinstance(feed, StreamFeed):
+            if not (checkpoint / STREAM).is_file():
+                raise UserError(
+                    f"{checkpoint.name} has no {STREAM}, as its rows were not streamed; give data.streaming=False, or "
+                    "start another run by --output.name NAME"
+                )
             settings = content["settings"] if content else None
             feed.stream.tell_others = lambda what: self._tell_others(what, checkpoint, settings)
             feed.load_state_from(checkpoint / STREAM)

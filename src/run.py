@@ -89,21 +89,33 @@ class Run:
             write_json(path, content)
 
     def _keep_changes(self, name: str, changed: list[dict[str, Any]]) -> None:
-        """Add what has changed in a file of the record, which now forgets it, to those of earlier resumes."""
-        path = self.path / CHANGES
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        if changed:
+        """Add what has changed in a file of the record, which now forgets it, to those of earlier resumes.
+
+        Of resumes from here, or from later on, no step is left: what they changed and this one takes back is no change.
+        """
+        path, step = self.path / CHANGES, step_of(self.checkpoint)
+        known = read_json_file(path, "bring it back as it was", list) if path.is_file() else []
+        undone = [one for one in known if one["file"] == name and one["step"] >= step]
+        net: dict[str, dict[str, Any]] = {}
+        for one in [*undone, *changed]:
+            before = net.get(one["name"], one)["before"]
+            net[one["name"]] = {**one, "step": step, "file": name, "before": before}
+        content = [one for one in known if one not in undone]
+        content += [one for one in net.values() if one["before"] != one["after"]]
+        if content != known:
             with writing_to(path):
-                write_json(path, known + [{"step": step_of(self.checkpoint), "file": name, **one} for one in changed])
+                write_json(path, content)
 
     def exists(self) -> bool:
         """Whether the directory holds a run, and not only a plan of one."""
         return self.path.is_dir() and any(path.name not in (PLAN, LOCK) for path in self.path.iterdir())
 
-    def plan(self) -> dict[str, Any] | None:
-        """The record of the preflight of the start before, where the run goes on from a checkpoint."""
-        path = self.path / PLAN
-        return json.loads(path.read_text(encoding="utf-8")) if self.checkpoint and path.is_file() else None
+    def before(self, name: str) -> dict[str, Any]:
+        """A file of the record as the start before left it; empty where the run does not go on, or there is none."""
+        path = self.path / name
+        if self.checkpoint is None or not path.is_file():
+            return {}
+        return read_json_file(path, "bring it back, or remove it to go on without what it tells of the start", dict)
 
     def export(
         self,
@@ -164,12 +176,14 @@ class Run:
             if name in result["before"] and name in result["after"]:
                 log.info("%s: %.4f before, %.4f after", label, result["before"][name], result["after"][name])
         memory = result["peak_memory"].get("cuda_mib", result["peak_memory"]["resident_mib"])
-        log.info("%d steps in %s, %s MiB at most", result["steps"], clock(seconds), f"{memory:,}")
+        since = f" (since step {result['seconds_since_step']})" if self.checkpoint else ""
+        log.info("%d steps in %s%s, %s MiB at most", result["steps"], clock(seconds), since, f"{memory:,}")
         log.info("the result is in %s; try it:", self.path / "model")
         log.info('  python scripts/generate.py %s --prompt "..."', self.path / "model")
 
     def _result(self, trainer: SFTTrainer, *, seconds: float) -> dict[str, Any]:
-        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         metrics = [json.loads(line) for line in lines]
         steps = trainer.state.global_step
         losses = [line["loss"] for line in metrics if line.get("loss") is not None]
@@ -177,12 +191,13 @@ class Run:
             "steps": steps,
             "tokens": trainer.state.num_input_tokens_seen,
             "seconds": round(seconds, 1),
+            "seconds_since_step": step_of(self.checkpoint) if self.checkpoint else 0,
             "skipped_steps": trainer.numbers.skipped,
             "best": trainer.best.record(),
             "attention": trainer.model.config._attn_implementation,
             "packing": trainer.train_dataset.packs_rows(),
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
+            "first_loss": next(iter(losses), None),  # a run that goes on from its last step may have lost its lines
+            "last_loss": next(reversed(losses), None),
             "before": _evaluations(metrics, 0),
             "after": _evaluations(metrics, steps),
             "peak_memory": peak_memory(),

@@ -35,6 +35,7 @@ from src.loss import Scored, SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.number_hooks import NumberHooks
 from src.optim import OptimizerHooks
+from src.optimizer_state import loading
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.row_order import RowOrder
 from src.sharding import sum_gradients_in_float32
@@ -367,8 +368,13 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
         return batches
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """As Trainer's, which leaves one adapter active where there are several."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """As Trainer's, which leaves one adapter active where there are several.
+
+        Raises:
+            UserError: the checkpoint's weights have other shapes.
+        """
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         inner = self.accelerator.unwrap_model(self.model)
         if isinstance(inner, PeftModel):
             activate(inner)

@@ -14,7 +14,7 @@ from config.constraints import ConfigError
 from config.loader import read_command_line, to_dict
 from src.inputs import described, program_sha256
 from src.merging.merge import merge
-from src.reproduction import as_it_was
+from src.reproduction import _first_other_step, as_it_was
 from tests.hub_server import HubServer
 from tests.test_launch import launch
 from tests.tiny_run import (
@@ -373,3 +373,25 @@ def test_weights_that_nothing_reads_are_no_input(tmp_path):
     names = described(str(folder), Digests())["sha256"].keys()
     assert "model.safetensors" in names
     assert not names & {"pytorch_model.bin", "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("changes.json", "[{", "is no JSON"),
+        ("changes.json", "{}", "holds a dict and not a list"),
+        ("environment.json", "[]", "holds a list and not a dict"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_name(copy, file, text, told):
+    (copy / file).write_text(text)
+    done = reproduce(copy)
+    assert done.code == 2
+    assert f"error: {copy / file} {told}" in done.stderr
+
+
+def test_losses_that_cannot_be_read_are_told_as_such(original, tmp_path):
+    assert _first_other_step(original, original) == "their losses on record are the same"
+    assert _first_other_step(original, tmp_path).startswith(
+        f"the losses in {tmp_path / 'metrics.jsonl'} cannot be read"
+    )

@@ -25,16 +25,20 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("lists and objects are nested too deeply") from error
 
 
-def read_json_file(path: Path, remedy: str) -> Any:
+def read_json_file(path: Path, remedy: str, kind: type = object) -> Any:
     """The value of a JSON file that this project wrote.
 
     Args:
         remedy: what to do where it is damaged, for the message.
+        kind: what it holds, `dict` or `list`.
     Raises:
-        UserError: it is no JSON in UTF-8.
+        UserError: it is no JSON in UTF-8, or holds something else.
         OSError: it cannot be read.
     """
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({in_one_line(error)}); {remedy}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__} and not a {kind.__name__}; {remedy}")
+    return value
