@@ -26,7 +26,7 @@ from transformers.training_args import TrainingArguments
 
 from config.schema import OptimConfig
 from src.activations import offload_activations
-from src.adapter_paths import activate
+from src.adapter_paths import NEW, activate
 from src.adapters import casts_left_to_autocast, layers_without_dropout
 from src.attention import tell_borders
 from src.attention_choice import check_documents_apart, takes_borders
@@ -367,10 +367,13 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
         return batches
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """As Trainer's, which leaves one adapter active where there are several."""
+        """As Trainer's, which leaves one adapter active where there are several, and of them, in transformers 5.17, the
+        one that trains as it was made."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         inner = self.accelerator.unwrap_model(self.model)
         if isinstance(inner, PeftModel):
+            if len(inner.peft_config) > 1 and not self.is_fsdp_enabled:
+                inner.load_adapter(resume_from_checkpoint, NEW, is_trainable=True)
             activate(inner)
 
     def _get_output_dir(self, trial: Any) -> str:
