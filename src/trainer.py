@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -26,23 +25,22 @@ from transformers.training_args import TrainingArguments
 
 from config.schema import OptimConfig
 from src.activations import offload_activations
-from src.adapter_paths import activate
 from src.adapters import casts_left_to_autocast, layers_without_dropout
 from src.attention import tell_borders
 from src.attention_choice import check_documents_apart, takes_borders
 from src.batches import PackFeed, split_of
+from src.checkpoint_hooks import CheckpointHooks
 from src.loss import Scored, SupervisedLoss, next_token_targets
 from src.noise import noisy_embeddings
 from src.number_hooks import NumberHooks
 from src.optim import OptimizerHooks
-from src.optimizer_state import loading
 from src.packing import IGNORED, PackCollator, PackedRows
 from src.row_order import RowOrder
 from src.sharding import sum_gradients_in_float32
 from src.step_sums import StepSums, meter_of
 from src.steps import Batch, FeedPlace, ReadyStep, ReadySteps
 from src.streaming import RowStream, StreamFeed
-from utils.checkpointing import CheckpointWriter, state_bytes
+from utils.checkpointing import CheckpointWriter
 from utils.distributed import check_one_gpu
 from utils.logging import get_logger
 from utils.peers import PatientGroup
@@ -76,7 +74,7 @@ def _token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
+class SFTTrainer(CheckpointHooks, NumberHooks, OptimizerHooks, Trainer):
     """Trainer whose loss is summed over supervised tokens and divided by their number in the global step."""
 
     loss_is_scaled_for_ga = True
@@ -366,36 +364,3 @@ class SFTTrainer(NumberHooks, OptimizerHooks, Trainer):
             if len(batches) == number:
                 break
         return batches
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """As Trainer's, which leaves one adapter active where there are several.
-
-        Raises:
-            UserError: the checkpoint's weights have other shapes.
-        """
-        with loading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        inner = self.accelerator.unwrap_model(self.model)
-        if isinstance(inner, PeftModel):
-            activate(inner)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer puts a checkpoint: aside, until it is complete."""
-        return str(self.checkpoints.staging)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """A checkpoint that is complete or absent."""
-        self.watch_numbers()
-        self.stop_on_bad_numbers(saves=True)
-        self._update_tokens_seen()
-        # DeepSpeed's optimizer keeps its state where only its own methods find it.
-        size = 0 if self.is_deepspeed_enabled else state_bytes(self.accelerator.unwrap_model(model), self.optimizer)
-        self.checkpoints.finish()  # the one before, which only the main process knows of
-        self._patience.wait()
-        with self.checkpoints.writing(self.state.global_step, main=self.args.should_save, expected_bytes=size):
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                folder = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
-                self.order.write(folder, self.feed)
-                self.save_numbers(folder)
-            self._patience.wait()

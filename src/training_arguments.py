@@ -21,6 +21,20 @@ from utils.peers import STEP_TIMEOUT_S
 log = get_logger(__name__)
 
 
+class RunArguments(TrainingArguments):
+    """Trainer's arguments, whose CPU has no number.
+
+    Where several processes train on a CPU, Accelerate calls it `cpu:0`, `cpu:1` ..., names to which torch loads no
+    tensor. transformers 5.17 has it load the optimizer of a checkpoint to what stands here.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process's weights and batches."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
 def uses_autocast(precision: str) -> tuple[bool, bool]:
     """Whether `training.precision` means bf16 autocast, and whether fp16, on this machine.
 
@@ -63,7 +77,7 @@ def training_arguments(
     if training.activation_offload:
         check_offload()
     bf16, fp16 = uses_autocast(training.precision) if autocasts else (False, False)
-    args = TrainingArguments(
+    args = RunArguments(
         output_dir=str(folder),
         run_name=run_name,
         project=tracking.project,

@@ -100,7 +100,8 @@ def test_the_result_loads_with_its_chat_template(full_run):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
     assert tokenizer.chat_template == CHATML
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|pad|>")
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    stop = tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id in (stop, [stop])  # an older Trainer makes a list of one id
     assert len(tokenizer) <= model.get_input_embeddings().weight.shape[0]
 
 
