@@ -204,8 +204,8 @@ def _attend_masked(
 
 
 def _refuse_unknown(others: Mapping[str, Any]) -> None:
-    unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)
-    unknown = [name for name in unknown if others[name] is not False]
+    given = [name for name, value in others.items() if value is not None and value is not False]
+    unknown = sorted(name for name in given if name not in _WITHOUT_EFFECT)
     if unknown:
         raise UnknownArgumentError(
             f"this model gives its attention {', '.join(unknown)}, which model.attention={DOCUMENTS} does not know and "

@@ -251,9 +251,8 @@ def open_run(config: OutputConfig, *, resume: bool, resume_from: Path | None = N
         return Run(path, checkpoint)
     run = Run(path, None)
     if is_main_process() and run.exists():
-        told = (
-            f"{path} holds a run already; go on with it by --resume, or start another beside it by --output.name NAME"
-        )
+        way_out = "go on with it by --resume" if last_checkpoint(path) else f"it has no checkpoint: remove {path}"
+        told = f"{path} holds a run already; {way_out}, or start another beside it by --output.name NAME"
         if not plans:
             raise UserError(told)
         log.warning("%s", told)

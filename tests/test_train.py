@@ -255,6 +255,15 @@ def test_starting_over_a_run_is_refused_with_both_ways_out(full_run):
     assert sorted((path, path.stat().st_mtime_ns) for path in full_run.rglob("*")) == before
 
 
+def test_starting_over_a_run_without_a_checkpoint_does_not_send_to_resume(tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "outputs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")  # as of one that was killed before its first checkpoint
+    done = run_train("--config", recipe)
+    assert done.code == 2
+    assert f"{run} holds a run already; it has no checkpoint: remove {run}, or start another" in done.stderr
+
+
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     done = run_train("--config", write_recipe(tmp_path), "--resume")
     assert done.code == 2
