@@ -8,13 +8,14 @@ The template that serves is the template that trains: nothing in it is replaced.
 supervised is for `src.alignment` to find.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from config.schema import DataConfig
@@ -109,8 +110,10 @@ class ChatTemplate:
         """Let the template write a question of one letter, without and with a tool.
 
         Raises:
-            UserError: it is no Jinja, or does not come to an end.
+            UserError: it is no Jinja, does not come to an end, or has a power.
         """
+        for source in self.sources:
+            _refuse_powers(source)
         try:
             with time_limit(PROBE_S):
                 self._probe()
@@ -303,6 +306,21 @@ def _with_clock_at(source: str, day: date) -> str:
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return special | set(tokenizer.all_special_tokens)
+
+
+def _refuse_powers(source: str) -> None:
+    """Refuse `9**9**9`, which no signal interrupts: it is one operation, which Jinja carries out as it compiles.
+
+    Raises:
+        UserError: the template has a power outside of its texts and comments.
+    """
+    with contextlib.suppress(TemplateSyntaxError):  # told when it is compiled
+        for line, kind, text in Environment().lex(source) if "**" in source else ():
+            if (kind, text) == ("operator", "**"):
+                raise UserError(
+                    f"line {line} of the chat template has a power (**), which may take without end; write its value "
+                    "where it stands (model.chat_template names a file, or the tokenizer has it)"
+                )
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:

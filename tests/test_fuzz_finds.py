@@ -164,7 +164,7 @@ QUESTION = Conversation(({"role": "user", "content": "hi"},), "line 1")
     "text",
     [
         "{{ 1 / 0 }}",
-        "{{ range(10**9) | list }}",
+        "{{ range(1000000000) | list }}",
         "{{ [1] | sum(start='a') }}",
         "{{ '\ud800' }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -179,6 +179,11 @@ def test_a_template_that_does_not_end_is_told(monkeypatch):
     monkeypatch.setattr("src.chat.PROBE_S", 0.2)
     text = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     refused(lambda: ChatTemplate.of(toy_tokenizer(text)), "has a loop that does not end")
+
+
+def test_a_template_with_a_power_is_refused_before_jinja_computes_it():
+    refused(lambda: ChatTemplate.of(toy_tokenizer("a\n{{ 9**9**9 }}")), r"line 2 of the chat template has a power")
+    ChatTemplate.of(toy_tokenizer("{# 9**9 #}{{ '**' }}**{% for m in messages %}{{ m.content }}{% endfor %}"))
 
 
 # Checkpoints
