@@ -86,7 +86,7 @@ class BestEvaluation(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
     def record(self) -> dict[str, Any] | None:
-        """The best evaluation for the run's result; None where none is kept, as in a run that goes on without patience."""
+        """The best evaluation for the run's result; None where none is kept, as without patience."""
         return None if None in (self.step, self.patience) else {"step": self.step, "eval_loss": self.loss}
 
     def state(self) -> dict[str, Any]:
