@@ -86,8 +86,8 @@ class BestEvaluation(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
     def record(self) -> dict[str, Any] | None:
-        """The best evaluation for the run's result; None where none is kept."""
-        return None if self.step is None else {"step": self.step, "eval_loss": self.loss}
+        """The best evaluation for the run's result; None where none is kept, as without patience."""
+        return None if None in (self.step, self.patience) else {"step": self.step, "eval_loss": self.loss}
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on, as plain JSON."""

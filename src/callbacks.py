@@ -137,15 +137,15 @@ def cut_lines(path: Path, is_past: Callable[[dict[str, Any]], bool]) -> None:
 
     Args:
         path: a file that need not exist; what cannot be read goes too, as a killed run was writing it, or a loss of
-            power left it empty. Where lines behind it are kept it is damaged, and that is told.
+            power left it empty, with what is behind it. Where that is not past the point, it is told.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     whole_lines = text.split("\n")[:-1]  # str.splitlines would also split at line separators within an answer
-    records = itertools.takewhile(lambda record: record is None or not is_past(record), map(_read, whole_lines))
-    readable = [number for number, record in enumerate(records) if record is not None]
-    if readable and (lost := readable[-1] + 1 - len(readable)):
-        log.warning("%s is damaged: %d line(s) of it cannot be read and are removed", path, lost)
-    if (rest := "".join(f"{whole_lines[number]}\n" for number in readable)) != text:
+    records = list(itertools.takewhile(lambda record: record is None or not is_past(record), map(_read, whole_lines)))
+    whole = records.index(None) if None in records else len(records)
+    if lost := sum(record is not None for record in records[whole:]):
+        log.warning("%s: line %d cannot be read, and is removed with %d good one(s) behind it", path, whole + 1, lost)
+    if (rest := "".join(f"{line}\n" for line in whole_lines[:whole])) != text:
         with writing_to(path):
             write_text(path, rest)
 

@@ -21,10 +21,7 @@ from src.data import known_digests
 from src.run import Run
 from utils.digests import Digests
 from utils.launch import is_main_process
-from utils.logging import get_logger
 from utils.reproducibility import environment
-
-log = get_logger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = "inputs.json"
@@ -64,10 +61,7 @@ def record_origins(run: Run, config: RunConfig, own: ModelConfig, cache_folder: 
     run.record("environment.json", machine | {"command": started}, matters=MATTERS)
     digests = known_digests(cache_folder)
     found = {name: described(path, digests, revision) for name, (path, revision) in _named(config, own).items()}
-    try:
-        digests.save()
-    except OSError as error:
-        log.warning("%s could not be written (%s); the next run reads these files once more", digests.path, error)
+    digests.save_or_tell()
     run.record(FILE, found, matters=("sha256",))
 
 

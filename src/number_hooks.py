@@ -203,7 +203,7 @@ class NumberHooks:
             UserError: the checkpoint that holds them is damaged.
         """
         self.best.over = True
-        if self.best.step in (None, self.state.global_step):
+        if self.best.patience is None or self.best.step in (None, self.state.global_step):
             return
         self.accelerator.wait_for_everyone()  # for the main process, which puts checkpoints in their place
         folder = Path(self.args.output_dir) / f"checkpoint-{self.best.step}"

@@ -191,7 +191,7 @@ def _differences(original: Original, config: RunConfig) -> Iterator[str]:
     digests = known_digests(token_folder(config.data, config.output))
     yield from _other_data(original, digests)
     yield from _other_inputs(original, config, digests)
-    digests.save()
+    digests.save_or_tell()
 
 
 def _way_back(name: str, known: dict[str, Any]) -> str:

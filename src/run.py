@@ -174,7 +174,8 @@ class Run:
             write_text(self.path / "README.md", model_card(self.path))
         for name, label in (("loss", "eval loss"), ("exact_match", "exact match")):
             if name in result["before"] and name in result["after"]:
-                log.info("%s: %.4f before, %.4f after", label, result["before"][name], result["after"][name])
+                before, after = (_told(result[when][name]) for when in ("before", "after"))
+                log.info("%s: %s before, %s after", label, before, after)
         memory = result["peak_memory"].get("cuda_mib", result["peak_memory"]["resident_mib"])
         since = f" (since step {result['seconds_since_step']})" if self.checkpoint else ""
         log.info("%d steps in %s%s, %s MiB at most", result["steps"], clock(seconds), since, f"{memory:,}")
@@ -204,6 +205,10 @@ class Run:
             "forced_checks": json.loads((self.path / PLAN).read_text(encoding="utf-8"))["forced"],
             "weights_sha256": weights_sha256(self.path / "model"),
         }
+
+
+def _told(figure: float | None) -> str:
+    return "not finite" if figure is None else f"{figure:.4f}"
 
 
 def _evaluations(metrics: list[dict[str, Any]], step: int) -> dict[str, float]:

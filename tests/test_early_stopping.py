@@ -91,6 +91,28 @@ def test_a_run_that_goes_on_stops_where_one_that_was_never_stopped_does(stopped)
         assert lines(run) == lines(stopped / "whole")
 
 
+def test_a_run_that_goes_on_without_patience_gives_its_last_weights(stopped):
+    run = stopped / "outputs" / "run"
+    best, last = expected_stop(evaluations(stopped / "whole"))
+    shutil.rmtree(run)
+    shutil.copytree(stopped / "whole", run)
+    shutil.rmtree(run / f"checkpoint-{best}")  # as the message of a damaged one advises
+    more = ("--evaluation.patience=None", f"--training.max_steps={last}")
+    done = run_train("--config", stopped / "recipe.yaml", "--resume", *more)
+    assert done.code == 0, done.stderr
+    model, checkpoint = weights_of(run / "model"), weights_of(run / f"checkpoint-{last}")
+    assert all(torch.equal(model[name], checkpoint[name]) for name in model)
+    assert result_of(run)["best"] is None
+
+
+def test_a_last_evaluation_that_is_not_finite_is_told_as_such(tmp_path):
+    recipe = write_recipe(tmp_path, optim={"learning_rate": 1e30, "max_grad_norm": None}, training={"max_steps": 2})
+    done = run_train("--config", recipe)
+    assert done.code == 0, done.stderr
+    assert "before, not finite after" in done.stderr
+    assert "Logging error" not in done.stderr
+
+
 def test_an_evaluation_that_is_not_finite_is_told_and_is_never_the_best(tmp_path, caplog):
     best, state, control = BestEvaluation(1, CheckpointWriter(tmp_path, keep=1)), TrainerState(), TrainerControl()
     for step, loss in ((1, 3.0), (2, math.nan)):

@@ -377,11 +377,7 @@ def test_weights_that_nothing_reads_are_no_input(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "text", "told"),
-    [
-        ("changes.json", "[{", "is no JSON"),
-        ("changes.json", "{}", "holds a dict and not a list"),
-        ("environment.json", "[]", "holds a list and not a dict"),
-    ],
+    [("changes.json", "[{", "is no JSON"), ("changes.json", "{}", "holds a dict"), ("data.json", "[]", "holds a list")],
 )
 def test_a_damaged_record_is_refused_by_name(copy, file, text, told):
     (copy / file).write_text(text)
@@ -395,3 +391,9 @@ def test_losses_that_cannot_be_read_are_told_as_such(original, tmp_path):
     assert _first_other_step(original, tmp_path).startswith(
         f"the losses in {tmp_path / 'metrics.jsonl'} cannot be read"
     )
+
+
+def test_a_place_that_cannot_be_written_is_refused(original):
+    done = reproduce(original, "--output.folder", "/proc/nowhere")
+    assert done.code == 2
+    assert "error: /proc/nowhere/" in done.stderr

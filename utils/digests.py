@@ -18,6 +18,9 @@ from pathlib import Path
 
 from utils.files import sha256_of_file, write_json
 from utils.json_text import parse_json
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 RACY_NS = 2_000_000_000
 """Nanoseconds between a file's last change and its digest that make it sure that a later change shows: the coarsest
@@ -68,6 +71,13 @@ class Digests:
         entries = {name: entry for name, entry in (_read(self.path) | self._known).items() if os.path.isfile(name)}
         write_json(self.path, {name: [*signature, digest] for name, (signature, digest) in sorted(entries.items())})
         self._new = False
+
+    def save_or_tell(self) -> None:
+        """As `save`, for those who can go on where it cannot be written."""
+        try:
+            self.save()
+        except OSError as error:
+            log.warning("%s could not be written (%s); the next run reads these files once more", self.path, error)
 
 
 def _signature(file: Path) -> Signature:
