@@ -33,7 +33,7 @@ from src.checkpoints.json_files import read_json_object
 from src.context import scale_context
 from src.families import check_code, check_family, refuse_own_code
 from src.generation import set_stops
-from src.quantization import finish_base, loading_options
+from src.quantization import finish_base, hold_dequantized, loading_options
 from src.tokenizer_check import check_ids, check_saved
 from utils.distributed import accelerator_name
 from utils.errors import UserError, in_one_line, some
@@ -230,6 +230,7 @@ def _from_checkpoint(
             f"the checkpoint {config.path} is incomplete: {len(missing)} weights are missing and {len(mismatched)} "
             f"have another shape ({names}); fetch or convert it again"
         )
+    hold_dequantized(model, options, dtype)
     return model
 
 

@@ -217,6 +217,19 @@ def _torchao_settings(kind: str) -> Any:
     )
 
 
+def hold_dequantized(model: PreTrainedModel, options: dict[str, Any], dtype: torch.dtype | str) -> None:
+    """Hold weights that came from mxfp4 in the format that was asked for, as transformers 5.17 leaves them in bfloat16.
+
+    Args:
+        options: from `loading_options`.
+        dtype: as given to it.
+    """
+    if isinstance(options.get("quantization_config"), Mxfp4Config) and dtype != "auto":
+        for weight in model.parameters():
+            if weight.dtype == torch.bfloat16:
+                weight.data = weight.data.to(dtype)
+
+
 def finish_base(model: PreTrainedModel, config: ModelConfig) -> None:
     """Quantize what transformers does not or would not train, have weights rounded while they train, and keep 4-bit
     weights in a layout that has a gradient."""

@@ -98,24 +98,31 @@ class RouterLoss:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, model: torch.nn.Module, causal: PreTrainedModel, weight: float | None, few: Mapping[str, Any]
+        cls, model: torch.nn.Module, causal: PreTrainedModel, given: float | None, few: Mapping[str, Any]
     ) -> "RouterLoss | None":
         """The loss of a model, or None if it has no routers or gives their loss no weight.
 
         Args:
             model: as it is wrapped; every process of a sharded model calls this together.
             causal: the transformers model inside.
-            weight: `training.router_aux_loss`; None: the model's own.
+            given: `training.router_aux_loss`; None: the model's own weight.
             few: arguments for a call with some tokens without padding.
         Raises:
             UserError: a weight is given, and the model tells of no routers, or its own loss is another one.
         """
-        check_router_loss(type(causal), weight)
-        weight = float(_own(causal, "router_aux_loss_coef")) if weight is None else weight
+        check_router_loss(type(causal), given)
+        weight = float(_own(causal, "router_aux_loss_coef")) if given is None else given
         if not weight or not has_routers(type(causal)):
             return None
         output = model(**few, **{_REQUEST: True})
-        if not output.router_logits:  # none of its layers has experts
+        if not output.router_logits:
+            untold = (
+                f"{type(causal).__name__} tells no router logits, as none of its layers has experts or the installed "
+                "transformers collects none of this family"
+            )
+            if given:
+                raise UserError(f"training.router_aux_loss={given} is given, and {untold}; leave it out")
+            log.info("%s; no auxiliary loss is added", untold)
             return None
         found = cls(weight, top_k=int(_own(causal, "num_experts_per_tok")))
         own, ours = float(output.aux_loss), float(found.of_output(output))
