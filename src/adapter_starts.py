@@ -17,6 +17,9 @@ from utils.errors import UserError
 FIRST_BATCHES = 32
 """Micro-batches that EVA looks at, at most; it stops once its directions no longer change."""
 
+EVA_ROUNDS = 16
+"""Times that it looks at each of them, at most."""
+
 
 def start_from_rounding_errors(model: PeftModel, revision: str | None) -> None:
     """LoftQ's start: what 4-bit weights have lost, as far as the rank holds it (arXiv:2310.08659).
@@ -43,10 +46,19 @@ def start_from_batches(model: PeftModel, batches: Sequence[Mapping[str, torch.Te
     Args:
         batches: as the model trains on them, on its device, with `labels`.
     Raises:
-        UserError: the batches hold too few tokens for the rank.
+        UserError: the batches hold too few tokens for the rank, or too few of them differ.
     """
 
+    passes = 0
+
     def run(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > EVA_ROUNDS * len(batches):  # PEFT goes round for ever
+            raise ValueError(
+                f"directions have not settled in {EVA_ROUNDS} rounds of {len(batches)} micro-batch(es), of which those "
+                "with fewer supervised tokens than twice adapter.rank count for none"
+            )
         model(**model_arguments(batch))
 
     try:

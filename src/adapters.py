@@ -164,8 +164,8 @@ def _token_rows(
     """Rows of the embeddings and the head that train, by module: those of `trainable_tokens` and those that are new.
 
     Raises:
-        UserError: a token is none of the tokenizer's, what it is a row of trains in another way, or FSDP cannot part
-            it.
+        UserError: a token is none of the tokenizer's, what it is a row of trains in another way, FSDP cannot part it,
+            or the adapter's start cannot be beside it.
     """
     rows = set() if first_new_row is None else set(range(first_new_row, model.get_input_embeddings().weight.shape[0]))
     if rows and "trainable_tokens" not in peft_fields(config.kind):
@@ -197,6 +197,13 @@ def _token_rows(
             "leave out adapter.trainable_tokens, or take it out of the modules"
         )
     rest = [side for side in sides if rows and side not in whole + low]
+    if rest and config.init == "eva":
+        raise UserError(
+            f"adapter.init=eva cannot start beside single rows of {', '.join(rest)} that train, those of new tokens or "
+            "of adapter.trainable_tokens, as PEFT takes what holds them for a layer of LoRA; give "
+            f"adapter.modules_to_save {[side.rpartition('.')[2] for side in rest]}, which trains them whole, or "
+            "another adapter.init"
+        )
     if rest and tied_names(model):
         refuse_under_fsdp(model, "rows of single tokens")
     return {side: sorted(rows) for side in rest}
