@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from src.attention import DOCUMENTS, border_arguments, register_documents
+from src.bad_modules import bad_weights
 from src.kernels import VARLEN_OPTIONS
 from utils.distributed import accelerator_name, asks_for_fsdp
-from utils.errors import UserError
+from utils.errors import UserError, some
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -205,12 +206,18 @@ def check_documents_apart(model: torch.nn.Module, *, lengths: tuple[int, int] = 
             as they are.
         lengths: tokens in the two documents.
     Raises:
-        UserError: there is a gradient, or the logits differ by more than rounding explains.
+        UserError: there is a gradient, the logits differ by more than rounding explains, or they are not finite.
     """
     documents = _documents(model, lengths)
     packed, reaching = _logits_and_gradient(model, documents)
     with torch.no_grad():
         alone = torch.cat([_logits(model, [document]) for document in documents])
+    if not bool(torch.isfinite(alone).all()):
+        weights = f", as {some(names)} are not" if (names := bad_weights(model)) else ""
+        raise UserError(
+            f"logits of {type(model).__name__} for random tokens are not finite{weights}; load a checkpoint that is "
+            "whole, or give training.precision=float32, or another model.attention"
+        )
     allowed = (rounding(model) * alone.abs().max()).item()
     difference = (packed - alone).abs().max().item()
     found = f"packed logits differ from those of each document alone by {difference:.3g} (allowed {allowed:.3g})"

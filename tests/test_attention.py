@@ -326,6 +326,13 @@ def test_an_attention_asked_for_by_name_that_cannot_keep_documents_apart_is_an_e
         prove_attention(model, DOCUMENTS, packing=True, device=CPU, autocast=None)
 
 
+def test_weights_that_are_not_finite_are_not_taken_for_documents_that_see_each_other():
+    _, model = eager_and_documents(LlamaConfig(**SHAPE))
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"are not finite, as \['model.layers.1.mlp.up_proj.weight'\] are not; load a"):
+        check_documents_apart(model)
+
+
 @every_architecture
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_the_probe_passes_what_keeps_documents_apart(config, autocast, told):

@@ -12,9 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from config.constraints import ConfigError
+from config.schema import OptimConfig
+from src import optim
 from src.plan_report import curve
 from tests.test_config import read
 from tests.test_launch import launch
+from tests.test_optim import trainer_of
 from tests.tiny_run import (
     ARCHITECTURE,
     chat_rows,
@@ -276,3 +279,13 @@ def test_a_plan_of_a_quantized_base_tells_the_parameters_and_sizes_of_its_run(tm
     assert plan["weights"]["MLP"] == {"trained": 0, "frozen": 2 * 3 * 64 * 128}, "as many numbers as 4-bit ones are"
     assert plan["bytes"]["checkpoint"] == pytest.approx(size_of([run / "checkpoint-4"]), rel=0.01)
     assert plan["start_loss"]["tokens"] > 0
+
+
+def test_rates_of_a_long_run_are_those_of_each_step_between_which_few_are_asked(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, OptimConfig(learning_rate=1e-3, warmup_steps=100))
+    exact = trainer.learning_rates(30_000)
+    monkeypatch.setattr(optim, "RATES_ASKED", 30_000)
+    each = trainer.learning_rates(30_000)
+    assert exact.shape == each.shape == (30_000,)
+    assert not np.array_equal(exact, each)
+    np.testing.assert_allclose(exact, each, atol=1e-3 * 0.01)  # a rate is off by a step of the warmup at most
