@@ -27,6 +27,7 @@ from utils.failures import OTHERS_WAIT_S, name_failing_process
 from utils.launch import is_main_process, this_process
 from utils.logging import get_logger, set_up_logging
 from utils.memory import fix_allocator
+from utils.signals import keep_interrupts, raise_lost_interrupt
 
 if TYPE_CHECKING:  # torch and its company take seconds to import: only once the recipe is known to be right
     import torch
@@ -79,6 +80,7 @@ def train(command: CommandLine) -> None:
     )
     if command.trial:
         return run_trial(trainer, run, config, start=start, qat=config.model.qat)
+    raise_lost_interrupt()
     packs = pack_report(config.data, data.report, train=train_packs, eval=eval_packs)
     plan = make_plan(config, run, trainer, data.report | packs, checks, known_rows=known_rows, precision=precision)
     if command.plan:
@@ -222,6 +224,7 @@ def main() -> int:
     fix_allocator()
     set_up_logging()
     name_failing_process()
+    keep_interrupts()
     try:
         command = read_command_line(sys.argv[1:])
         if not command.print_config:

@@ -114,6 +114,7 @@ def test_layers_with_fixed_sizes_would_be_compiled_for_each_pack():
         check_once(model, backend, batches())
 
 
+@pytest.mark.slow
 def test_all_layers_share_one_compilation():
     graphs = []
     for layers in (2, 5):
@@ -170,6 +171,7 @@ def test_a_saved_model_loads_as_if_it_had_not_been_compiled(tmp_path):
         torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_through_compiled_layers_and_is_saved_under_its_own_names(tmp_path):
     settings = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
     model = get_peft_model(shallow(attention="documents"), settings).train()

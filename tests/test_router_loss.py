@@ -157,6 +157,7 @@ def test_recomputed_activations_give_the_same_gradients(kind):
     assert_equal_gradients(gradients(model, scored.total / len(scored.nll)), expected, 5e-5)
 
 
+@pytest.mark.slow
 def test_compiled_layers_tell_their_routers_too():
     model, batch = routed(), batch_of()
     expected = gradients(model, own_loss(model, batch).loss)

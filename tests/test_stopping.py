@@ -63,6 +63,28 @@ def test_a_second_interrupt_ends_a_run_at_once_and_one_before_the_first_step_too
         assert child.wait() in codes, (tmp_path / name).read_text()
 
 
+SWALLOWS = """
+import os, signal, time
+from pathlib import Path
+from config.recipe import load_recipe
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except:  # as the fingerprints of `datasets` do, which are made while data is prepared
+    pass
+config = load_recipe(Path({recipe!r}))
+"""
+
+
+def test_an_interrupt_that_a_library_swallows_ends_a_run_before_its_first_step(fork_server, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(SWALLOWS.format(recipe=str(write_recipe(tmp_path))))
+    child = fork_server.start(["--config", recipe], log=tmp_path / "log")
+    assert child.wait() == 130, (tmp_path / "log").read_text()
+    assert "error: SIGINT ended the run outside of its training steps" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "outputs" / "run").exists()
+
+
 def test_a_grace_period_that_is_too_short_is_told_once_with_what_it_lacks(tmp_path):
     recipe = write_recipe(tmp_path, training={"max_steps": 6, "save_every_steps": 1})
     done = run_train("--config", recipe, "--training.grace_period_s", "0.0001")
