@@ -48,7 +48,9 @@ def vectors(name):
 
 
 @needs_llama3
-@pytest.mark.parametrize(("release", "published"), [pytest.param("3", "hf_base", marks=pytest.mark.slow), ("3.1", "hf_3.1_instruct")])
+@pytest.mark.parametrize(
+    ("release", "published"), [pytest.param("3", "hf_base", marks=pytest.mark.slow), ("3.1", "hf_3.1_instruct")]
+)
 def test_llama_3_tokenizer_travels(release, published, tmp_path):
     instruct = "instruct" in published
     write_narrow(tmp_path / "meta", release, LLAMA3 / "tokenizer.model", 128256)
