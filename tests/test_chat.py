@@ -378,3 +378,9 @@ def test_each_way_of_supervision_names_its_turns():
     assert found == {"assistant": ["One.", "I lo", "3 de"], "completion": ["I lo", "3 de"], "last_turn": ["3 de"]}
     [chat] = TurnFinder(template).find([Conversation(messages, "row", untrained=(1,))])
     assert [chat.text[slice(*span)][:4] for span in chat.spans] == ["I lo", "3 de"]
+
+
+def test_a_template_with_a_power_is_refused_before_jinja_computes_it():
+    with pytest.raises(UserError, match="line 2 of the chat template has a power"):
+        ChatTemplate.of(toy_tokenizer("a\n{{ 9**9**9 }}"))
+    ChatTemplate.of(toy_tokenizer("{# 9**9 #}{{ '**' }}**{% for m in messages %}{{ m.content }}{% endfor %}"))
